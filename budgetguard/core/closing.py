@@ -1,0 +1,43 @@
+"""Why a stream that cannot top up is ended: what its client reads, and what its ledger row says."""
+
+from dataclasses import dataclass
+
+from budgetguard.core.counter import read_name
+from budgetguard.core.extension import ExtensionRefused
+from budgetguard.core.reasons import Deny, Reason
+from budgetguard.core.refusals import budget_facts
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """``deny`` is told to the client, ``detail`` to the ledger."""
+
+    deny: Deny
+    detail: str
+
+
+def budget_exhausted(refused: ExtensionRefused) -> Closing:
+    """A budget has no room for more output."""
+    facts = budget_facts(
+        budget_id=refused.budget_id,
+        limit=refused.limit_nanos,
+        spent=refused.spent_nanos,
+        held=refused.held_nanos,
+        needed=refused.needed_nanos,
+        resets_at_ms=read_name(refused.counter).resets_at_ms,
+    )
+    resets = f" It resets at {facts['resets_at']}." if facts["resets_at"] else ""
+    deny = Deny(
+        Reason.BUDGET_EXCEEDED,
+        f"Budget {refused.budget_id} is exhausted, so this stream was ended: limit ${facts['limit_usd']}, spent "
+        f"${facts['spent_usd']}, held ${facts['held_usd']} by calls under way, this one among them; to go on it needs "
+        f"up to ${facts['needed_usd']} more.{resets}",
+        facts=facts,
+    )
+    return Closing(deny, f"stream closed: budget {refused.budget_id} is exhausted")
+
+
+def counters_unavailable(reason: Reason) -> Closing:
+    """Nobody could be asked for more, or the hold itself is gone."""
+    deny = Deny(reason, "The budget counters could not hold more for this stream, so it was ended.")
+    return Closing(deny, f"stream closed: no top-up, {reason.value}")

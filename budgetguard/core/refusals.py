@@ -1,0 +1,96 @@
+"""How a refusal of the counters is told: its reason, its sentence and its numbers."""
+
+from budgetguard.core.budget import Refusal, ReserveRefused
+from budgetguard.core.moments import rfc3339
+from budgetguard.core.money import ceil_div, format_usd
+from budgetguard.core.reasons import Deny, Reason
+
+
+def deny_of(refused: ReserveRefused) -> Deny:
+    """Tell why the counters refused, with their numbers."""
+    if refused.kind is Refusal.BUDGET:
+        return _budget_exceeded(refused)
+    if refused.kind in _LIMITS:
+        return _limit_reached(refused)
+    if refused.kind is Refusal.SUBJECTS:
+        return Deny(
+            Reason.BUDGET_SUBJECTS_EXCEEDED,
+            f"Budget {refused.budget_id} counts each subject by itself, and has the {refused.limit} that it may.",
+            facts={"budget_id": refused.budget_id, "subjects_max": refused.limit, "retryable": False},
+        )
+    return Deny(_REFUSED_AS[refused.kind], retry_after_seconds=None if refused.kind is Refusal.REPLAYED else 1)
+
+
+# What is limited, the fact that tells how much, and the reason.
+_LIMITS = {
+    Refusal.RATE: ("requests a minute", "limit_requests_per_minute", Reason.RATE_LIMIT_EXCEEDED),
+    Refusal.TOKENS: ("tokens a minute", "limit_tokens_per_minute", Reason.TOKEN_LIMIT_EXCEEDED),
+    Refusal.CALLS: ("concurrent calls", "limit_concurrent_calls", Reason.CONCURRENCY_LIMIT_EXCEEDED),
+}
+
+
+def _limit_reached(refused: ReserveRefused) -> Deny:
+    seconds = max(1, ceil_div(refused.retry_after_ms or 0, 1000))
+    scope = "" if refused.scope is None else refused.scope.value
+    limited, fact, reason = _LIMITS[refused.kind]
+    facts: dict[str, str | int | bool | None] = {"scope": scope, fact: refused.limit, "retryable": True}
+    needs = ""
+    if refused.kind is Refusal.TOKENS:
+        facts["needed_tokens"] = refused.needed
+        facts["retryable"] = refused.needed <= refused.limit
+        needs = f"; this call can take up to {refused.needed} tokens"
+    limit = "Rate limit" if refused.kind is Refusal.RATE else "Limit"
+    return Deny(
+        reason,
+        f"{limit} of {refused.limit} {limited} reached{needs}. Try again in {seconds} s.",
+        facts=facts,
+        retry_after_seconds=seconds,
+    )
+
+
+_REFUSED_AS = {
+    Refusal.NOT_READY: Reason.COUNTERS_NOT_READY,
+    Refusal.TOO_LATE: Reason.TOO_LATE,
+    Refusal.REPLAYED: Reason.OPERATION_REPLAYED,
+    Refusal.BACKLOG_FULL: Reason.BACKLOG_FULL,
+}
+
+
+def budget_facts(
+    *, budget_id: str | None, limit: int, spent: int, held: int, needed: int, resets_at_ms: int | None
+) -> dict[str, str | int | bool | None]:
+    """Spell the numbers of a budget, in nanos, that has no room for what is needed."""
+    return {
+        "budget_id": budget_id,
+        "limit_usd": format_usd(limit),
+        "spent_usd": format_usd(spent),
+        "held_usd": format_usd(held),
+        "needed_usd": format_usd(needed),
+        "resets_at": None if resets_at_ms is None else rfc3339(resets_at_ms),
+        # Money that is only held comes back when those calls end, unless what is spent leaves no room for this one.
+        "retryable": spent + needed <= limit,
+    }
+
+
+def _budget_exceeded(refused: ReserveRefused) -> Deny:
+    facts = budget_facts(
+        budget_id=refused.budget_id,
+        limit=refused.limit,
+        spent=refused.spent,
+        held=refused.held,
+        needed=refused.needed,
+        resets_at_ms=refused.resets_at_ms,
+    )
+    whose = f" of {refused.subject}" if refused.subject else ""
+    resets = f" It resets at {facts['resets_at']}." if facts["resets_at"] else ""
+    return Deny(
+        Reason.BUDGET_EXCEEDED,
+        f"Budget {refused.budget_id}{whose} is exhausted: limit ${facts['limit_usd']}, spent ${facts['spent_usd']}, "
+        f"held ${facts['held_usd']} by calls under way; this call needs up to ${facts['needed_usd']}.{resets}",
+        facts={
+            **facts,
+            "subject_kind": "TENANT" if refused.scope is None else refused.scope.value,
+            "subject": refused.subject,
+            "window_starts_at": None if refused.starts_at_ms is None else rfc3339(refused.starts_at_ms),
+        },
+    )

@@ -1,0 +1,74 @@
+import pytest
+
+from budgetguard.core.budget import Refusal, ReserveRefused
+from budgetguard.core.reasons import Reason
+from budgetguard.core.refusals import deny_of
+from budgetguard.core.snapshot import SubjectKind
+
+BUDGET = {"kind": Refusal.BUDGET, "budget_id": "b1", "limit": 10**9, "spent": 9 * 10**8, "needed": 2 * 10**8}
+
+
+def test_a_budget_tells_whose_it_is_and_when_it_resets():
+    deny = deny_of(
+        ReserveRefused(**BUDGET, scope=SubjectKind.TAG, subject="eng", held=5, starts_at_ms=0, resets_at_ms=86_400_000)
+    )
+    assert deny.reason is Reason.BUDGET_EXCEEDED
+    assert deny.message == (
+        "Budget b1 of eng is exhausted: limit $1, spent $0.9, held $0.000000005 by calls under way; this call needs "
+        "up to $0.2. It resets at 1970-01-02T00:00:00Z."
+    )
+    assert deny.facts == {
+        "budget_id": "b1",
+        "subject_kind": "TAG",
+        "subject": "eng",
+        "limit_usd": "1",
+        "spent_usd": "0.9",
+        "held_usd": "0.000000005",
+        "needed_usd": "0.2",
+        "window_starts_at": "1970-01-01T00:00:00Z",
+        "resets_at": "1970-01-02T00:00:00Z",
+        "retryable": False,
+    }
+
+
+def test_a_budget_without_end_that_is_only_held_is_worth_a_retry():
+    deny = deny_of(ReserveRefused(**{**BUDGET, "spent": 0, "held": 9 * 10**8}))
+    assert (deny.facts["subject_kind"], deny.facts["resets_at"], deny.facts["retryable"]) == ("TENANT", None, True)
+    assert "resets" not in deny.message
+    assert " of " not in deny.message
+
+
+@pytest.mark.parametrize(
+    ("refused", "reason", "facts", "seconds"),
+    [
+        (
+            ReserveRefused(kind=Refusal.RATE, scope=SubjectKind.TENANT, limit=60, retry_after_ms=1001),
+            Reason.RATE_LIMIT_EXCEEDED,
+            {"scope": "TENANT", "limit_requests_per_minute": 60, "retryable": True},
+            2,
+        ),
+        (
+            ReserveRefused(kind=Refusal.TOKENS, scope=SubjectKind.API_KEY, limit=60, needed=61, retry_after_ms=5),
+            Reason.TOKEN_LIMIT_EXCEEDED,
+            {"scope": "API_KEY", "limit_tokens_per_minute": 60, "retryable": False, "needed_tokens": 61},
+            1,
+        ),
+        (
+            ReserveRefused(kind=Refusal.CALLS, limit=5),
+            Reason.CONCURRENCY_LIMIT_EXCEEDED,
+            {"scope": "", "limit_concurrent_calls": 5, "retryable": True},
+            1,
+        ),
+        (
+            ReserveRefused(kind=Refusal.SUBJECTS, budget_id="b1", subject="s", limit=7),
+            Reason.BUDGET_SUBJECTS_EXCEEDED,
+            {"budget_id": "b1", "subjects_max": 7, "retryable": False},
+            None,
+        ),
+        (ReserveRefused(kind=Refusal.NOT_READY), Reason.COUNTERS_NOT_READY, {}, 1),
+        (ReserveRefused(kind=Refusal.REPLAYED), Reason.OPERATION_REPLAYED, {}, None),
+    ],
+)
+def test_each_limit_tells_its_own_numbers(refused, reason, facts, seconds):
+    deny = deny_of(refused)
+    assert (deny.reason, deny.facts, deny.retry_after_seconds) == (reason, facts, seconds)
