@@ -1,0 +1,303 @@
+"""The usage ledger: rows are only ever added, each a signed change of what was spent, unique by what it tells."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import groupby
+from typing import Any
+
+import asyncpg
+import orjson
+
+from budgetguard.adapters.postgres.pool import Connection, Database, moment
+from budgetguard.core.events import UsageEvent, entry_order
+from budgetguard.core.operation import End, OperationFacts
+from budgetguard.core.snapshot import SubjectKind
+
+# One event on its way in: (shard, stream entry id, event).
+Delivery = tuple[int, str, UsageEvent]
+
+# How a subject's rows are found: a tenant's are all of them.
+SUBJECT_CONDITION = {
+    SubjectKind.TENANT: "$2::text = ''",
+    SubjectKind.API_KEY: "key_id = $2",
+    SubjectKind.TAG: "tags ? $2",
+    SubjectKind.SESSION: "session_id = $2",
+    SubjectKind.END_USER: "end_user = $2",
+    SubjectKind.MODEL: "model = $2",
+    SubjectKind.PROVIDER: "provider_id = $2",
+}
+
+_INSERT_COLUMNS = (
+    ("held_at", "timestamptz"),
+    ("operation_id", "text"),
+    ("rank", "smallint"),
+    ("sequence", "integer"),
+    ("end_state", "text"),
+    ("tenant_id", "text"),
+    ("key_id", "text"),
+    ("api", "text"),
+    ("provider_id", "text"),
+    ("model", "text"),
+    ("stream", "boolean"),
+    ("price_version", "text"),
+    ("rate_tier", "text"),
+    ("delta_nanos", "bigint"),
+    ("amount_nanos", "bigint"),
+    ("hold_nanos", "bigint"),
+    ("usage", "jsonb"),
+    ("status", "integer"),
+    ("detail", "text"),
+    ("ended_at", "timestamptz"),
+    ("shard", "smallint"),
+    ("event_id", "text"),
+    ("tags", "jsonb"),
+    ("session_id", "text"),
+    ("end_user", "text"),
+    ("session_name", "text"),
+    ("session_path", "text"),
+)
+_NAMES = ", ".join(name for name, _ in _INSERT_COLUMNS)
+# JSON goes in as an array of texts: a text array can hold NULLs beside JSON, whatever codec jsonb has.
+_ARRAYS = ", ".join(
+    f"${number}::{'text' if kind == 'jsonb' else kind}[]" for number, (_, kind) in enumerate(_INSERT_COLUMNS, 1)
+)
+_CASTS = ", ".join(f"{name}::jsonb" if kind == "jsonb" else name for name, kind in _INSERT_COLUMNS)
+
+_INSERT = f"""
+    INSERT INTO usage_ledger ({_NAMES})
+    SELECT {_CASTS} FROM unnest({_ARRAYS}) AS event ({_NAMES})
+    ON CONFLICT DO NOTHING
+"""
+
+# An operation that Redis had forgotten: the ledger knows what it has cost so far, and which end already stands.
+_INSERT_FORGOTTEN = f"""
+    INSERT INTO usage_ledger ({_NAMES})
+    SELECT {_CASTS.replace("delta_nanos", "amount_nanos - standing.cost_nanos", 1)}
+    FROM unnest({_ARRAYS}) AS event ({_NAMES}), LATERAL (
+        SELECT coalesce(sum(row.delta_nanos), 0)::bigint AS cost_nanos, coalesce(max(row.rank), 0) AS rank_max,
+            coalesce(max(row.sequence) FILTER (WHERE row.rank = 4), 0) AS sequence_max
+        FROM usage_ledger AS row WHERE row.held_at = event.held_at AND row.operation_id = event.operation_id
+    ) AS standing
+    WHERE standing.rank_max < event.rank OR (event.rank = 4 AND standing.sequence_max = event.sequence - 1)
+    ON CONFLICT DO NOTHING
+"""
+
+# Locks the shard's position until the commit, so two workers never write one shard's rows at the same time, and a
+# forgotten operation's sum cannot miss a row. The position never goes back.
+_MOVE_POSITION = """
+    INSERT INTO drain_positions AS position (shard, stream_ms, stream_sequence) VALUES ($1, $2, $3)
+    ON CONFLICT (shard) DO UPDATE SET updated_at = now(),
+        stream_ms = CASE WHEN (position.stream_ms, position.stream_sequence)
+            < (excluded.stream_ms, excluded.stream_sequence) THEN excluded.stream_ms ELSE position.stream_ms END,
+        stream_sequence = CASE WHEN (position.stream_ms, position.stream_sequence)
+            < (excluded.stream_ms, excluded.stream_sequence) THEN excluded.stream_sequence
+            ELSE position.stream_sequence END
+"""
+
+_FACTS = tuple(field.name for field in fields(OperationFacts))
+
+# What a single event can be wrong about: values out of range or not representable, or refused by a constraint.
+_POISON = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, OverflowError, ValueError, TypeError)
+
+ERROR_CHARACTERS_MAX = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inserted:
+    """What became of some events: new rows, and those that cannot be rows and were put aside."""
+
+    rows: int
+    dead: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadEvent:
+    """An event that cannot become a row, as it came from the stream."""
+
+    shard: int
+    event_id: str
+    fields: Mapping[str, str]
+    error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastWord:
+    """How an operation stands: its row of the highest rank."""
+
+    facts: OperationFacts
+    end: End
+    amount_nanos: int
+    hold_nanos: int
+    sequence: int
+
+
+class LedgerRepository:
+    """Adds rows, and sums what was spent. ``LedgerReader`` lists them."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def insert_events(self, deliveries: Sequence[Delivery], *, dead: Sequence[DeadEvent] = ()) -> Inserted:
+        """Write events and the drain positions of their shards in one transaction; what is there already is skipped.
+
+        An event that Postgres refuses (out of range, a NUL character) is put aside with ``dead`` instead of blocking
+        the ones behind it.
+
+        Raises:
+            DependencyUnavailableError: Postgres does not answer; the same deliveries may be given again.
+        """
+        rows, refused = 0, list(dead)
+        async with self._database.transaction() as connection:
+            await _move_positions(
+                connection, [*((s, i) for s, i, _ in deliveries), *((d.shard, d.event_id) for d in dead)]
+            )
+            for forgotten, run in groupby(deliveries, key=lambda delivery: delivery[2].forgotten):
+                added, wrong = await _insert(connection, list(run), forgotten=forgotten)
+                rows += added
+                refused += wrong
+            await _put_aside(connection, refused)
+        return Inserted(rows=rows, dead=len(refused))
+
+    async def positions(self) -> dict[int, tuple[int, int]]:
+        """Return the newest stream entry that Postgres has of each shard, as (ms, sequence)."""
+        async with self._database.transaction() as connection:
+            rows = await connection.fetch("SELECT shard, stream_ms, stream_sequence FROM drain_positions")
+        return {row["shard"]: (row["stream_ms"], row["stream_sequence"]) for row in rows}
+
+    async def spent(
+        self, *, tenant_id: str, subject_kind: SubjectKind, subject: str, from_ms: int, until_ms: int | None
+    ) -> int:
+        """Sum what a budget's subject has spent by calls admitted in ``[from_ms, until_ms)``, in nanos, exactly."""
+        async with self._database.transaction() as connection:
+            total = await connection.fetchval(
+                f"""
+                SELECT coalesce(sum(delta_nanos), 0) FROM usage_ledger
+                WHERE tenant_id = $1 AND {SUBJECT_CONDITION[subject_kind]}
+                    AND held_at >= $3 AND ($4::timestamptz IS NULL OR held_at < $4)
+                """,
+                tenant_id,
+                subject,
+                moment(from_ms),
+                None if until_ms is None else moment(until_ms),
+            )
+        return int(total)
+
+    async def last_words(self, tenant_id: str, *, held_from_ms: int, ended_from_ms: int) -> tuple[LastWord, ...]:
+        """List how the operations of a tenant stand that ended lately."""
+        async with self._database.transaction() as connection:
+            rows = await connection.fetch(
+                """
+                SELECT DISTINCT ON (held_at, operation_id) *, epoch_ms(held_at) AS held_at_ms
+                FROM usage_ledger WHERE tenant_id = $1 AND held_at >= $2 AND ended_at >= $3
+                ORDER BY held_at, operation_id, rank DESC, sequence DESC
+                """,
+                tenant_id,
+                moment(held_from_ms),
+                moment(ended_from_ms),
+            )
+        return tuple(
+            LastWord(
+                facts=OperationFacts(**{**{name: row[name] for name in _FACTS}, "tags": tuple(row["tags"])}),
+                end=End(row["end_state"]),
+                amount_nanos=row["amount_nanos"],
+                hold_nanos=row["hold_nanos"],
+                sequence=row["sequence"],
+            )
+            for row in rows
+        )
+
+    async def alarms(self) -> dict[str, int]:
+        """Count what should not be: rows in the DEFAULT partition, events put aside."""
+        async with self._database.transaction() as connection:
+            row = await connection.fetchrow(
+                """
+                SELECT (SELECT count(*) FROM usage_ledger_default) AS default_partition_rows,
+                    (SELECT count(*) FROM dead_events) AS dead_events
+                """
+            )
+        return dict(row)
+
+
+async def _move_positions(connection: Connection, entries: Sequence[tuple[int, str]]) -> None:
+    newest: dict[int, tuple[int, int]] = {}
+    for shard, event_id in entries:
+        newest[shard] = max(newest.get(shard, (0, 0)), entry_order(event_id))
+    # In shard order, so that two workers cannot each wait for the other.
+    await connection.executemany(_MOVE_POSITION, [(shard, *newest[shard]) for shard in sorted(newest)])
+
+
+async def _insert(
+    connection: Connection, deliveries: Sequence[Delivery], *, forgotten: bool
+) -> tuple[int, list[DeadEvent]]:
+    """Insert all at once; when one of them is refused, one by one. Forgotten ones look at rows of one another."""
+    if not forgotten:
+        try:
+            return await _insert_all(connection, _INSERT, deliveries), []
+        except _POISON:
+            if len(deliveries) == 1:
+                return 0, [_dead(deliveries[0])]
+    rows, dead = 0, []
+    for delivery in deliveries:
+        try:
+            rows += await _insert_all(connection, _INSERT_FORGOTTEN if forgotten else _INSERT, [delivery])
+        except _POISON:
+            dead.append(_dead(delivery))
+    return rows, dead
+
+
+async def _insert_all(connection: Connection, statement: str, deliveries: Sequence[Delivery]) -> int:
+    columns = [list(column) for column in zip(*map(_values, deliveries), strict=True)]
+    async with connection.transaction():  # a savepoint: a refused statement leaves the outer one usable
+        status: str = await connection.execute(statement, *columns)
+    return int(status.rpartition(" ")[2])
+
+
+def _values(delivery: Delivery) -> tuple[Any, ...]:
+    shard, event_id, event = delivery
+    facts = event.facts
+    return (
+        moment(facts.held_at_ms),
+        facts.operation_id,
+        event.rank,
+        event.sequence,
+        event.end.value,
+        facts.tenant_id,
+        facts.key_id,
+        facts.api,
+        facts.provider_id,
+        facts.model,
+        facts.stream,
+        facts.price_version,
+        event.rate_tier,
+        event.delta_nanos,
+        event.amount_nanos,
+        event.hold_nanos,
+        None if event.usage is None else orjson.dumps(event.usage.reported()).decode(),
+        event.status,
+        event.detail,
+        moment(event.ended_at_ms),
+        shard,
+        event_id,
+        orjson.dumps(facts.tags).decode(),
+        facts.session_id,
+        facts.end_user,
+        facts.session_name,
+        facts.session_path,
+    )
+
+
+def _dead(delivery: Delivery) -> DeadEvent:
+    shard, event_id, event = delivery
+    return DeadEvent(shard=shard, event_id=event_id, fields=event.to_fields(), error="refused by the ledger")
+
+
+async def _put_aside(connection: Connection, dead: Sequence[DeadEvent]) -> None:
+    await connection.executemany(
+        """
+        INSERT INTO dead_events (shard, event_id, fields, error) VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING
+        """,
+        [
+            (event.shard, event.event_id, orjson.dumps(dict(event.fields)), event.error[:ERROR_CHARACTERS_MAX])
+            for event in dead
+        ],
+    )

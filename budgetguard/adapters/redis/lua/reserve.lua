@@ -1,0 +1,285 @@
+-- Admits one call or says why not, all or nothing. The reference is `reserve` in core/reserving.py.
+--
+-- KEYS  1 epoch  2 tenant  3 API key  4 operation  5 leases  6 usage stream  7 tenant's requests  8 key's requests
+--       9... one counter a limit, in the order in which a refusal names them: calls, tokens, budgets; then the subjects
+--       of each template
+-- ARGV  1 now (ms)  2 facts (JSON)  3 asked: what was asked for, to tell a repeated question from another one
+--       4 tenant's version  5 key's version  6 most undrained events  7 tenant's requests a minute  8 key's (0: no limit)
+--       9 input nanos  10 whole hold  11 smallest hold  12 nanos a token  13 wanted tokens  14 fewest tokens
+--       15 share of what is left that the output may take at most (0: all of it)  16 lease member  17 lease until (ms)
+--       18 counter names  19 how far Redis' clock may be past now (ms)  20 input tokens  21 choices
+--       22 number of counters  23 the limit and the budget id of each, as extend.lua reads them
+--       24... for each: what read_counters takes, limit, '1' when enforced, budget id, '1' when it is kept longer with
+--       each use, milliseconds of a bucket
+--       then for each template: the number of its counter, subject, most subjects, since when one must have been seen (ms)
+
+local FIRST_COUNTER, FIRST_LIMIT, LIMIT_WIDTH, TEMPLATE_WIDTH = 9, 24, 9, 4
+local UNBOUNDED_TOKENS = 1024 -- UNBOUNDED_TOKENS in core/budget.py
+
+if not ready(KEYS[1]) then
+  return { 'NOT_READY' }
+end
+
+local now = tonumber(ARGV[1])
+local clock = redis.call('TIME')
+if clock[1] * 1000 + math.floor(clock[2] / 1000) > now + tonumber(ARGV[19]) then
+  return { 'TOO_LATE' } -- its caller has given up
+end
+
+local known = read_operation(KEYS[4])
+if known then
+  if known.state == HELD and known.facts == ARGV[2] and known.asked == ARGV[3] then
+    return known.told
+  end
+  return { 'REPLAYED' }
+end
+
+local tenant_version = redis.call('HGET', KEYS[2], 'version')
+if not tenant_version then
+  return { 'NOT_READY' } -- callers know the tenant from here, so Redis has lost it
+end
+if tenant_version ~= ARGV[4] then
+  return { 'STALE', 'TENANT' }
+end
+if redis.call('HGET', KEYS[3], 'version') ~= ARGV[5] then
+  return { 'STALE', 'API_KEY' }
+end
+
+if redis.call('XLEN', KEYS[6]) >= tonumber(ARGV[6]) then
+  return { 'BACKLOG_FULL' }
+end
+
+-- Requests a minute: 60 buckets of a second beside their sum. A bucket leaves the sum when it is wholly past.
+local function look(key, limit, scope)
+  local seen = redis.call('HMGET', key, 'total', 'first', 'last')
+  local requests = {
+    key = key, limit = limit, scope = scope, past = {}, total = 0, last = tonumber(seen[3] or 0),
+    second = math.floor(now / 1000),
+  }
+  -- A caller whose clock is behind counts into the newest second, so that buckets never lie before `first`.
+  requests.second = math.max(requests.second, requests.last)
+  local live_from = requests.second - 59
+  requests.first = math.max(tonumber(seen[2] or 0), live_from)
+  if requests.last < live_from then
+    requests.first, requests.all_past = requests.second, seen[1]
+    return requests
+  end
+  requests.total = tonumber(seen[1])
+  -- At most 59: the last write left none older than that, and `last` is still in the minute.
+  for second = tonumber(seen[2]), live_from - 1 do
+    requests.past[#requests.past + 1] = whole(second)
+  end
+  if #requests.past > 0 then
+    for _, count in ipairs(redis.call('HMGET', key, unpack(requests.past))) do
+      requests.total = requests.total - tonumber(count or 0)
+    end
+  end
+  return requests
+end
+
+-- When the oldest buckets have left that must leave before one more request fits.
+local function retry_after(requests)
+  local seconds = {}
+  for second = requests.first, requests.second do
+    seconds[#seconds + 1] = whole(second)
+  end
+  local total, last = requests.total, requests.second
+  for index, count in ipairs(redis.call('HMGET', requests.key, unpack(seconds))) do
+    total = total - tonumber(count or 0)
+    if total < requests.limit then
+      last = tonumber(seconds[index])
+      break
+    end
+  end
+  return (last + 60) * 1000 - now
+end
+
+local minutes, tightest_minute = {}, nil
+for index, scope in ipairs({ 'TENANT', 'API_KEY' }) do
+  local limit = tonumber(ARGV[6 + index])
+  if limit > 0 then
+    local requests = look(KEYS[6 + index], limit, scope)
+    if requests.total >= limit then
+      return { 'RATE', scope, whole(limit), whole(retry_after(requests)) }
+    end
+    minutes[#minutes + 1] = requests
+    if not tightest_minute or limit - requests.total < tightest_minute.limit - tightest_minute.total then
+      tightest_minute = requests
+    end
+  end
+end
+
+-- The room that every limit leaves. `free_at` tells when a rolling one has more.
+local limits, number_of_limits = {}, tonumber(ARGV[22])
+local room, tightest = CALL_NANOS_MAX, nil
+local room_tokens, tightest_tokens = nil, nil
+for number = 1, number_of_limits do
+  local at = FIRST_LIMIT + (number - 1) * LIMIT_WIDTH
+  local limit = read_counter(KEYS[FIRST_COUNTER + number - 1], ARGV[at + 2], tonumber(ARGV[at + 3]))
+  limit.kept_until, limit.unit, limit.limit, limit.id = ARGV[at], ARGV[at + 1], ARGV[at + 4], ARGV[at + 6]
+  limit.slides = ARGV[at + 7] == '1'
+  if limit.bucket then
+    limit.buckets, limit.width = tonumber(ARGV[at + 3]), tonumber(ARGV[at + 8])
+  end
+  limit.left_dollars, limit.left_nanos = left_of(limit, limit.limit)
+  limit.room = call_amount(limit.left_dollars, limit.left_nanos)
+  if limit.unit == TOKENS then
+    limit.room = limit.left_dollars * NANOS_PER_USD + limit.left_nanos -- exact, also below 0
+    if not tightest_tokens or limit.room < room_tokens then
+      room_tokens, tightest_tokens = limit.room, limit
+    end
+  elseif limit.unit == NANOS then
+    room = math.min(room, limit.room)
+    if ARGV[at + 5] == '1'
+      and (not tightest or exceeds(tightest.left_dollars, tightest.left_nanos, limit.left_dollars, limit.left_nanos)) then
+      tightest = limit
+    end
+  end
+  limits[number] = limit
+end
+
+local function frees_at(limit, needed)
+  if not limit.bucket then
+    return ''
+  end
+  local fields = {}
+  for bucket = limit.first, limit.last do
+    fields[#fields + 1], fields[#fields + 2] = 's' .. whole(bucket), 'h' .. whole(bucket)
+  end
+  local needed_dollars, needed_nanos = normal(0, needed)
+  local left_dollars, left_nanos = limit.left_dollars, limit.left_nanos
+  local leaving = limit.last
+  for index, text in ipairs(redis.call('HMGET', limit.key, unpack(fields))) do
+    local dollars, nanos = money(text)
+    left_dollars, left_nanos = normal(left_dollars + dollars, left_nanos + nanos)
+    if index % 2 == 0 and not exceeds(needed_dollars, needed_nanos, left_dollars, left_nanos) then
+      leaving = limit.first + index / 2 - 1
+      break
+    end
+  end
+  return whole((leaving + limit.buckets) * limit.width)
+end
+
+local templates = {}
+for at = FIRST_LIMIT + number_of_limits * LIMIT_WIDTH, #ARGV, TEMPLATE_WIDTH do
+  local template = {
+    key = KEYS[FIRST_COUNTER + number_of_limits + #templates], counter = tonumber(ARGV[at]), subject = ARGV[at + 1],
+    most = tonumber(ARGV[at + 2]), seen_since = ARGV[at + 3],
+  }
+  template.seen = redis.call('ZSCORE', template.key, template.subject)
+  if not template.seen and redis.call('ZCOUNT', template.key, template.seen_since, '+inf') >= template.most then
+    return { 'SUBJECTS', whole(template.counter) }
+  end
+  templates[#templates + 1] = template
+end
+
+-- How much to hold: the wanted bound, or as much of it as fits, or the smallest. Whole nanos a token round up. Below
+-- 2^53 the floor of a quotient of whole numbers is exact: it cannot be rounded up to a number that it does not reach.
+local input, hold_whole, hold_min = tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11])
+local token_nanos, tokens_wanted, tokens_min = tonumber(ARGV[12]), tonumber(ARGV[13]), tonumber(ARGV[14])
+local share = tonumber(ARGV[15])
+
+local function hold_of(tokens)
+  if tokens == tonumber(ARGV[13]) then
+    return hold_whole
+  end
+  if tokens == tokens_min then
+    return hold_min
+  end
+  return math.min(hold_whole, input + tokens * token_nanos)
+end
+
+local input_tokens, choices = tonumber(ARGV[20]), tonumber(ARGV[21])
+if share > 0 and tightest and token_nanos > 0 then
+  local part = math.floor(math.floor(room / share) / token_nanos)
+  tokens_wanted = math.min(tokens_wanted, math.max(tokens_min, UNBOUNDED_TOKENS, part))
+end
+local tokens = tokens_wanted
+if room_tokens and choices > 0 and input_tokens + tokens * choices > room_tokens then
+  tokens = math.max(math.floor((room_tokens - input_tokens) / choices), tokens_min)
+end
+local hold = hold_of(tokens)
+if hold > room then
+  local fitting_tokens = 0
+  if token_nanos > 0 then
+    fitting_tokens = math.floor((room - input) / token_nanos)
+  end
+  tokens = math.max(fitting_tokens, tokens_min)
+  hold = hold_of(tokens)
+end
+local needs = { [CALLS] = 1, [TOKENS] = input_tokens + tokens_min * choices, [NANOS] = hold_min }
+local hold_tokens = input_tokens + tokens * choices
+local is_busy = limits[1] and limits[1].unit == CALLS and limits[1].room < 1
+  or limits[2] and limits[2].unit == CALLS and limits[2].room < 1
+if is_busy or hold > room or (room_tokens and hold_tokens > room_tokens) then
+  for number, limit in ipairs(limits) do
+    if limit.room < needs[limit.unit] then
+      return { 'NO_ROOM', whole(number), limit.spent, held_of(limit), frees_at(limit, needs[limit.unit]) }
+    end
+  end
+end
+
+local answer = { 'RESERVED', whole(hold), whole(tokens), ARGV[18] }
+if tightest_minute then
+  answer[5] = whole(tightest_minute.limit)
+  answer[6] = whole(tightest_minute.limit - tightest_minute.total - 1)
+  answer[7] = whole(math.ceil(((tightest_minute.second + 60) * 1000 - now) / 1000))
+else
+  answer[5], answer[6], answer[7] = '', '', ''
+end
+if tightest then
+  answer[8] = amount(normal(tightest.left_dollars, tightest.left_nanos - hold))
+  answer[9] = tightest.id
+else
+  answer[8], answer[9] = '', ''
+end
+if tightest_tokens then
+  answer[10], answer[11] = tightest_tokens.limit, whole(room_tokens - hold_tokens)
+  answer[12] = whole(math.ceil(((tightest_tokens.last + tightest_tokens.buckets) * tightest_tokens.width - now) / 1000))
+else
+  answer[10], answer[11], answer[12] = '', '', ''
+end
+
+-- What a hold that must grow is held to: the limits of this moment (extend.lua).
+
+------------------------------------------------------------------ writes
+local holds = { [CALLS] = '1', [TOKENS] = whole(hold_tokens), [NANOS] = whole(hold) }
+for _, limit in ipairs(limits) do
+  if not limit.bucket then
+    redis.call('HINCRBY', limit.key, 'held', holds[limit.unit]) -- also of 0, so that it is there
+  else
+    move(limit, '0', tonumber(holds[limit.unit]))
+  end
+  if limit.kept_until ~= '' and not limit.has_left then
+    keep(limit, limit.kept_until, limit.slides)
+  end
+end
+for _, template in ipairs(templates) do
+  local limit = limits[template.counter]
+  if not template.seen then
+    redis.call('ZREMRANGEBYSCORE', template.key, '-inf', '(' .. template.seen_since)
+  end
+  redis.call('ZADD', template.key, 'GT', ARGV[1], template.subject)
+  if limit.kept_until ~= '' and (limit.slides or not template.seen) then
+    redis.call('PEXPIREAT', template.key, limit.kept_until)
+  end
+end
+for _, requests in ipairs(minutes) do
+  if requests.all_past then
+    redis.call('DEL', requests.key)
+  elseif #requests.past > 0 then
+    redis.call('HDEL', requests.key, unpack(requests.past))
+  end
+  redis.call('HINCRBY', requests.key, whole(requests.second), 1)
+  redis.call('HSET', requests.key, 'total', whole(requests.total + 1), 'first', whole(requests.first), 'last',
+    whole(requests.second))
+  if requests.second ~= requests.last then
+    redis.call('EXPIRE', requests.key, 120) -- once a second is enough
+  end
+end
+redis.call('SET', KEYS[4], cjson.encode({
+  state = HELD, hold = whole(hold), tokens = whole(hold_tokens), counters = ARGV[18], facts = ARGV[2], asked = ARGV[3],
+  told = answer, limits = ARGV[23],
+}))
+redis.call('ZADD', KEYS[5], ARGV[17], ARGV[16])
+return answer
