@@ -1,0 +1,223 @@
+"""Settlements that Redis could not take, on disk until it can.
+
+One JSON line a settlement, in numbered segments, each line on disk before ``append`` returns. A segment is deleted
+once all of it was delivered; a killed process finds its segments again, and delivers some lines twice, which changes
+nothing: a settlement is idempotent by its operation's id.
+"""
+
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import IO
+
+import orjson
+
+from budgetguard.core.budget import Settlement
+from budgetguard.core.handoff import Handoff
+from budgetguard.core.operation import End
+from budgetguard.core.usage import Usage
+
+logger = logging.getLogger(__name__)
+
+# About 150,000 settlements: hours of an outage, in which nothing new is admitted anyway.
+SPOOL_BYTES_MAX = 256 * 2**20
+# A segment is read whole when it is delivered.
+SEGMENT_BYTES_MAX = 4 * 2**20
+
+_SEGMENT_NAME = re.compile(r"settlements-([0-9]{12})\.jsonl")
+
+
+class SpoolError(OSError):
+    """The folder cannot be used; the message is one sentence that says why."""
+
+
+class SpoolFullError(OSError):
+    """The spool has reached its bound: nothing was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Settlements in the order in which they were appended. ``damaged``: some of its lines could not be read."""
+
+    number: int
+    settlements: tuple[Settlement, ...]
+    damaged: bool
+
+
+class Spool:
+    """A folder of segments, for one process at a time. Blocking: call it from a thread, one call at a time."""
+
+    def __init__(
+        self, folder: Path, *, bytes_max: int = SPOOL_BYTES_MAX, segment_bytes_max: int = SEGMENT_BYTES_MAX
+    ) -> None:
+        self._folder = folder
+        self._bytes_max = bytes_max
+        self._segment_bytes_max = segment_bytes_max
+        self._lock: IO[bytes] | None = None
+        # The segment that is appended to, if any: the last one in ``_sizes``.
+        self._file: FileIO | None = None
+        # Segment number -> its bytes, oldest first.
+        self._sizes: dict[int, int] = {}
+        self._next_number = 1
+
+    def open(self) -> bool:
+        """Take the folder and look what an earlier process left; say whether there is anything to deliver.
+
+        Raises:
+            SpoolError: it cannot be made or written, or another process has it.
+        """
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self._folder / "lock").open("ab")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left = sorted(
+                (int(match[1]), path.stat().st_size)
+                for path in self._folder.iterdir()
+                if (match := _SEGMENT_NAME.fullmatch(path.name))
+            )
+        except BlockingIOError as error:
+            self.close()
+            raise SpoolError(f"the spool {self._folder} belongs to another running process") from error
+        except OSError as error:
+            self.close()
+            raise SpoolError(f"the spool {self._folder} cannot be used: {error.strerror}") from error
+        self._sizes = dict(left)
+        self._next_number = 1 + max(self._sizes, default=0)
+        return bool(self._sizes)
+
+    def append(self, settlements: Sequence[Settlement]) -> None:
+        """Keep settlements; they are on disk when this returns.
+
+        Raises:
+            SpoolFullError: the bound is reached.
+            OSError: the disk refused.
+        """
+        lines = b"".join(settlement_to_line(settlement) for settlement in settlements)
+        if sum(self._sizes.values()) + len(lines) > self._bytes_max:
+            raise SpoolFullError(f"the spool {self._folder} has reached {self._bytes_max} bytes")
+        try:
+            self._write(lines)
+        except OSError:
+            # What is left of a failed write is a torn line: nothing may be appended behind it.
+            self._close_file()
+            raise
+
+    def _write(self, lines: bytes) -> None:
+        if self._file is None:
+            number = self._next_number
+            self._file = FileIO(self._path(number), "xb")
+            self._next_number = number + 1
+            self._sizes[number] = 0
+            self._sync_folder()
+        written = 0
+        while written < len(lines):
+            written += self._file.write(lines[written:])
+        os.fsync(self._file.fileno())
+        number = self._next_number - 1
+        self._sizes[number] += len(lines)
+        if self._sizes[number] >= self._segment_bytes_max:
+            self._close_file()
+
+    def seal(self) -> int:
+        """End the current segment; return a number that all segments so far are below."""
+        self._close_file()
+        return self._next_number
+
+    def oldest(self, *, below: int) -> Segment | None:
+        """Return the first sealed segment; ``None`` when there is none with a number below this."""
+        number = next(iter(self._sizes), below)
+        return self._read(number) if number < below else None
+
+    def remove(self, segment: Segment) -> None:
+        """Forget a segment: it was delivered. One with damaged lines stays on disk, under a name that says so."""
+        path = self._path(segment.number)
+        if segment.damaged:
+            path.rename(path.with_suffix(".damaged"))
+        else:
+            path.unlink()
+        del self._sizes[segment.number]
+
+    def close(self) -> None:
+        """Give the folder back."""
+        self._close_file()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _read(self, number: int) -> Segment:
+        lines = self._path(number).read_bytes().split(b"\n")
+        if lines.pop():
+            # Torn by a kill in the middle of a write: nobody was told that it is kept.
+            logger.warning("spool segment %d: ignored a torn last line", number)
+        settlements = []
+        for position, line in enumerate(lines, start=1):
+            try:
+                settlements.append(settlement_from_line(line))
+            except ValueError:
+                logger.critical("spool segment %d: line %d is damaged and cannot be delivered", number, position)
+        return Segment(number, tuple(settlements), damaged=len(settlements) < len(lines))
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"settlements-{number:012d}.jsonl"
+
+    def _sync_folder(self) -> None:
+        """Put a new file's name on disk; its bytes alone would not be found again."""
+        descriptor = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def settlement_to_line(settlement: Settlement) -> bytes:
+    """Encode one settlement as one line of JSON."""
+    usage = settlement.usage
+    return (
+        orjson.dumps(
+            {
+                "handoff": settlement.handoff.to_metadata(),
+                "end": settlement.end.value,
+                "amount_nanos": settlement.amount_nanos,
+                "usage": None if usage is None else usage.reported(),
+                "ended_at_ms": settlement.ended_at_ms,
+                "status": settlement.status,
+                "detail": settlement.detail,
+                "rate_tier": settlement.rate_tier,
+            }
+        )
+        + b"\n"
+    )
+
+
+def settlement_from_line(line: bytes) -> Settlement:
+    """Decode what ``settlement_to_line`` wrote.
+
+    Raises:
+        ValueError: not a settlement.
+    """
+    try:
+        raw = orjson.loads(line)
+        usage = raw["usage"]
+        return Settlement(
+            handoff=Handoff.from_metadata(raw["handoff"]),
+            end=End(raw["end"]),
+            amount_nanos=raw["amount_nanos"],
+            usage=None if usage is None else Usage(**usage),
+            ended_at_ms=raw["ended_at_ms"],
+            status=raw["status"],
+            detail=raw["detail"],
+            rate_tier=raw["rate_tier"],
+        )
+    except (KeyError, TypeError) as error:
+        msg = "malformed settlement"
+        raise ValueError(msg) from error
