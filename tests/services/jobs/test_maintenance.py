@@ -1,0 +1,56 @@
+from prometheus_client import CollectorRegistry
+
+from budgetguard.adapters.postgres.journal import forget_request_ids
+from budgetguard.adapters.postgres.maintenance import MaintenanceRepository
+from control_plane.jobs.expire_holds import ExpireHolds
+from control_plane.jobs.maintain_ledger import AlarmMetrics, MaintainLedger
+from tests.plugins.usage_events import a_delivery, milliseconds
+from tests.services.jobs.conftest import now_ms
+
+
+async def test_partitions_are_made_ahead_and_rows_without_one_are_an_alarm(plane, database, owner, caplog):
+    registry = CollectorRegistry()
+    job = MaintainLedger(MaintenanceRepository(database), plane.ledger, metrics=AlarmMetrics(registry))
+
+    def alarm(kind: str) -> float | None:
+        return registry.get_sample_value("budgetguard_ledger_alarms", {"kind": kind})
+
+    await job.run_once()
+    assert alarm("default_partition_rows") == 0
+    assert "alarm=" not in caplog.text
+    await plane.ledger.insert_events([a_delivery("op", held_at_ms=milliseconds("2001-01-01T00:00:00"))])
+    newest = await owner.fetchval(
+        "SELECT max(relname) FROM pg_class WHERE relname ~ '^usage_ledger_[0-9]{4}_[0-9]{2}$'"
+    )
+    await owner.execute(f"DROP TABLE {newest}")
+    year, month = map(int, newest.removeprefix("usage_ledger_").split("_"))
+    await plane.ledger.insert_events([a_delivery("op", held_at_ms=milliseconds(f"{year}-{month:02d}-15T00:00:00"))])
+    await job.run_once()
+    assert alarm("default_partition_rows") == 2
+    assert alarm("blocked_partitions") == 1
+    assert "alarm=default_partition_rows count=2" in caplog.text
+    assert "alarm=blocked_partitions" in caplog.text
+    await owner.execute("SELECT rehome_ledger_default()")
+    await job.run_once()
+    assert (alarm("default_partition_rows"), alarm("blocked_partitions")) == (0, 0)
+
+
+async def test_request_ids_are_forgotten_in_the_end(plane, database, owner):
+    for number in range(3):
+        await plane.tenants.create(actor="a", tenant_id=f"t{number}", name="t", request_id=f"r{number}")
+    await owner.execute("UPDATE request_ids SET created_at = now() - interval '8 days' WHERE request_id <> 'r2'")
+    assert await MaintenanceRepository(database).forget_request_ids() == 2
+    assert await owner.fetchval("SELECT request_id FROM request_ids") == "r2"
+    async with database.transaction() as connection:
+        assert await forget_request_ids(connection) == 0
+
+
+async def test_a_hold_nobody_ends_counts_whole_after_its_lease(plane):
+    await plane.make_tenant()
+    await plane.hold("op-1", nanos=100)
+    await plane.hold("op-2", nanos=50)
+    assert not await ExpireHolds(plane.counters, now_ms=now_ms).run_once()
+    assert await plane.counted() == {"acme-month": (0, 150)}
+    later_ms = now_ms() + 10 * 60_000
+    await ExpireHolds(plane.counters, now_ms=lambda: later_ms).run_once()
+    assert await plane.counted() == {"acme-month": (150, 0)}

@@ -1,0 +1,273 @@
+"""Counters against the ledger: new ones get their past under traffic, drift is corrected, and load is no drift."""
+
+import asyncio
+import random
+from dataclasses import replace
+
+import orjson
+import pytest
+
+from budgetguard.adapters.postgres.ledger_activity import LedgerActivity
+from budgetguard.adapters.redis import keys
+from budgetguard.core.budget import Refusal, Reserved
+from budgetguard.core.counter import counter_name
+from budgetguard.core.operation import End
+from budgetguard.core.snapshot import SubjectKind, WindowKind
+from budgetguard.core.window import bounds
+from control_plane.jobs.reconcile_counters import ReconcileCounters
+from tests.plugins.redis_calls import a_reserve, a_settlement, the_handoff
+from tests.plugins.usage_events import a_delivery
+from tests.services.jobs.conftest import KEY_ID, now_ms
+
+
+async def drain_all(plane):
+    while await plane.drain().run_once():
+        pass
+
+
+def the_job(plane) -> ReconcileCounters:
+    return ReconcileCounters(
+        budgets=plane.budgets,
+        activity=LedgerActivity(plane.database),
+        reconciler=plane.reconciler,
+        publisher=plane.publisher,
+        compare_every_s=0,
+    )
+
+
+async def audited(owner) -> list[tuple[dict[str, object], dict[str, object]]]:
+    rows = await owner.fetch("SELECT before, after FROM admin_audit WHERE kind = 'counter' ORDER BY audit_id")
+    return [(orjson.loads(row["before"]), orjson.loads(row["after"])) for row in rows]
+
+
+async def test_a_budget_made_while_calls_are_under_way_ends_with_the_exact_sum(plane):
+    await plane.make_tenant()
+    early, late = await plane.hold("op-early", nanos=100), await plane.hold("op-late", nanos=200)
+    await plane.call("op-ended", 60)
+    await drain_all(plane)
+    await plane.make_budget("day", window=WindowKind.DAY, limit_nanos=400)
+    await plane.publisher.publish("acme")
+    # What has ended is spent; what is under way is held, though its hold does not know this budget.
+    assert await plane.counted() == {"acme-month": (60, 300), "day": (60, 300)}
+    refused = await plane.hold("op-too-much", nanos=50)
+    assert (refused.kind, refused.budget_id, refused.held) == (Refusal.BUDGET, "day", 300)
+    await plane.counters.settle(a_settlement(early, 70), now_ms=now_ms())
+    await plane.call("op-new", 20, nanos=40)
+    await drain_all(plane)
+    job = the_job(plane)
+    await job.run_once()
+    assert await plane.counted() == {"acme-month": (150, 200), "day": (150, 200)}
+    await plane.counters.settle(a_settlement(late, 110), now_ms=now_ms())
+    await drain_all(plane)
+    await job.run_once()
+    assert await plane.counted() == {"acme-month": (260, 0), "day": (260, 0)}
+    assert await plane.in_ledger() == 260
+
+
+async def test_until_the_ledger_has_what_redis_has_the_older_budget_is_enforced(plane):
+    await plane.make_tenant(limit_nanos=150)
+    await plane.call("op-1", 100)
+    await plane.budgets.update("acme-month", {"window": WindowKind.DAY, "limit_nanos": 120}, actor="a")
+    await plane.publisher.publish("acme")
+    (seeding, enforced) = (await plane.counters.load_tenant("acme")).budgets
+    assert (seeding.seeding, seeding.window, enforced.window) == (True, WindowKind.DAY, WindowKind.MONTH)
+    refused = await plane.hold("op-2", nanos=60)
+    assert (refused.kind, refused.limit, refused.spent) == (Refusal.BUDGET, 150, 100)
+    assert isinstance(await plane.hold("op-3", nanos=10), object)
+    await drain_all(plane)
+    await the_job(plane).run_once()
+    (spec,) = (await plane.counters.load_tenant("acme")).budgets
+    assert (spec.seeding, spec.window, spec.limit_nanos) == (False, WindowKind.DAY, 120)
+    refused = await plane.hold("op-4", nanos=60)
+    assert (refused.kind, refused.limit, refused.spent, refused.held) == (Refusal.BUDGET, 120, 100, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "subjects"),
+    [
+        ({"window": WindowKind.ROLLING, "rolling_ms": 3_600_000}, [""]),
+        ({"window": WindowKind.LIFETIME, "subject_kind": SubjectKind.TAG, "subject": "eng"}, [""]),
+        ({"window": WindowKind.DAY, "subject_kind": SubjectKind.SESSION, "each": True}, ["s1", "s2"]),
+        ({"window": WindowKind.ROLLING, "rolling_ms": 60_000_000, "subject_kind": SubjectKind.TAG, "each": True},
+         ["eng", "web"]),
+    ],
+)  # fmt: skip
+async def test_every_kind_of_counter_gets_its_past_and_keeps_it(plane, changes, subjects):
+    await plane.make_tenant()
+
+    async def call(operation_id, amount_nanos, *, settle=True, **whose):
+        tenant = await plane.counters.load_tenant("acme")
+        request = a_reserve(tenant, operation_id=operation_id, now_ms=now_ms(), input_nanos=100)
+        request = replace(request, facts=replace(request.facts, **whose))
+        answer = await plane.counters.reserve(request)
+        assert isinstance(answer, Reserved)
+        handoff = the_handoff(request, answer)
+        if settle:
+            await plane.counters.settle(a_settlement(handoff, amount_nanos), now_ms=now_ms())
+        return handoff
+
+    whose = {"tags": ("eng", "web"), "session_id": "s1"}
+    await call("op-1", 40, **whose)
+    older = await call("op-2", 50, settle=False, tags=("eng", "web"), session_id="s2")
+    await call("op-3", 7)  # nobody's
+    await drain_all(plane)
+    await plane.make_budget("new", **changes)
+    await plane.publisher.publish("acme")
+    spec = next(spec for spec in (await plane.counters.load_tenant("acme")).budgets if spec.budget_id == "new")
+    assert not spec.seeding
+    of_tag = changes["subject_kind"] is SubjectKind.TAG if "subject_kind" in changes else False
+    by_subject = {"": (40, 100)} if not changes.get("each") and of_tag else {"": (47, 100)}
+    if changes.get("each"):
+        by_subject = {"s1": (40, 0), "s2": (0, 100)} if not of_tag else {"eng": (40, 100), "web": (40, 100)}
+    assert await spent_and_held(plane, spec, subjects) == by_subject
+    await call("op-4", 5, **whose)
+    await plane.counters.settle(a_settlement(older, 60), now_ms=now_ms())
+    await drain_all(plane)
+    await the_job(plane).run_once()
+    after = await spent_and_held(plane, spec, subjects)
+    assert {held for _, held in after.values()} == {0}
+    total = {"s1": 45, "s2": 60} if changes.get("each") and not of_tag else dict.fromkeys(subjects, 105)
+    if not changes.get("each") and not of_tag:
+        total = {"": 112}
+    assert {subject: spent for subject, (spent, _) in after.items()} == total
+
+
+async def spent_and_held(plane, spec, subjects):
+    names = [counter_name(spec, bounds(spec, now_ms()), subject) for subject in subjects]
+    return dict(zip(subjects, await plane.counters.read_counters("acme", names), strict=True))
+
+
+async def test_subjects_that_have_not_spent_for_long_get_no_counters(plane):
+    await plane.make_tenant()
+    await plane.make_budget("new", window=WindowKind.LIFETIME, subject_kind=SubjectKind.SESSION, each=True)
+    long_ago = now_ms() - 91 * 86_400_000
+    await plane.call("op-1")
+    await drain_all(plane)
+    shard = keys.shard_of("acme")
+    await plane.ledger.insert_events(
+        [
+            a_delivery("op-old", shard=shard, tenant_id="acme", session_id="old", held_at_ms=long_ago),
+            a_delivery("op-now", shard=shard, tenant_id="acme", session_id="now", held_at_ms=now_ms()),
+        ]
+    )
+    await plane.publisher.publish("acme")
+    names = await plane.redis.command("KEYS", "*:counter:*")
+    assert [name for name in names if name.endswith("now")]
+    assert not [name for name in names if name.endswith("old")]
+
+
+async def test_drift_is_corrected_counted_and_written_down(plane, owner):
+    await plane.make_tenant()
+    await plane.call("op-1", 60)
+    await drain_all(plane)
+    (name,) = await plane.redis.command("KEYS", "*:counter:*")
+    await plane.redis.command("HINCRBY", name, "spent", 1000)
+    assert (await plane.reconciler.compare("acme")).drifted == 1
+    assert await plane.counted() == {"acme-month": (60, 0)}
+    ((before, after),) = await audited(owner)
+    assert (before["spent_nanos"], after["spent_nanos"]) == (1060, 60)
+    assert (await plane.reconciler.compare("acme")).drifted == 0
+
+
+async def test_what_may_be_usage_that_no_row_has_is_not_taken_from_a_counter(plane, owner):
+    await plane.make_tenant()
+    await plane.call("op-1", 60)
+    await plane.redis.command("XADD", keys.usage(keys.shard_of("acme")), "*", "facts", "nonsense")
+    await drain_all(plane)
+    (name,) = await plane.redis.command("KEYS", "*:counter:*")
+    await plane.redis.command("HINCRBY", name, "spent", 1000)
+    assert (await plane.reconciler.compare("acme")).drifted == 0
+    await plane.redis.command("HINCRBY", name, "spent", -1030)
+    assert (await plane.reconciler.compare("acme")).drifted == 1
+    assert await plane.counted() == {"acme-month": (60, 0)}
+
+
+async def test_a_late_correction_of_what_redis_forgot_reaches_the_counters(plane):
+    await plane.make_tenant()
+    handoff = await plane.call("op-1", 60)
+    await plane.redis.command("DEL", keys.operation("acme", "op-1"))
+    await drain_all(plane)
+    corrected = a_settlement(handoff, 10, End.CORRECTED, replaces=1)
+    await plane.counters.settle(corrected, now_ms=now_ms())
+    await drain_all(plane)
+    assert await plane.in_ledger() == 10
+    await plane.reconciler.compare("acme")
+    assert await plane.counted() == {"acme-month": (10, 0)}
+
+
+async def test_counters_that_wait_for_their_rebuild_are_left_alone(plane):
+    await plane.make_tenant()
+    await plane.call("op-1", 60)
+    await drain_all(plane)
+    await plane.epoch.begin_rebuild(keys.shard_of("acme"))
+    assert not (await plane.reconciler.compare("acme")).complete
+    assert (await plane.reconciler.compare("nobody")).complete is False
+
+
+async def test_what_was_read_before_a_rebuild_is_not_written_after_it(plane, monkeypatch):
+    await plane.make_tenant()
+    await plane.call("op-1", 60)
+    await drain_all(plane)
+    (name,) = await plane.redis.command("KEYS", "*:counter:*")
+    await plane.redis.command("HINCRBY", name, "spent", 1000)
+    drained, shard = plane.events.drained, keys.shard_of("acme")
+
+    async def meanwhile(*arguments):
+        await plane.redis.command("HSET", name, "spent", 60)
+        await plane.epoch.sign_off(shard, await plane.epoch.run_id())
+        return await drained(*arguments)
+
+    monkeypatch.setattr(plane.events, "drained", meanwhile)
+    assert not (await plane.reconciler.compare("acme")).complete
+    assert await plane.counted() == {"acme-month": (60, 0)}
+
+
+async def test_under_load_nothing_drifts_and_every_change_of_a_budget_ends_exact(plane):
+    """Calls of every kind run while budgets are made, changed and compared; whatever the moment, the sums are exact."""
+    await plane.make_tenant(limit_nanos=10**12)
+    chance, calls = random.Random(7), 0
+    stopping = asyncio.Event()
+
+    async def caller(number):
+        nonlocal calls
+        while not stopping.is_set():
+            calls += 1
+            operation_id = f"op-{number}-{calls}"
+            handoff = await plane.hold(operation_id)
+            if not hasattr(handoff, "facts"):
+                continue  # its record was changed meanwhile
+            await asyncio.sleep(chance.random() / 50)
+            end = chance.choice([End.CONFIRMED, End.CONFIRMED, End.ESTIMATED, End.RELEASED])
+            amount_nanos = 0 if end is End.RELEASED else chance.randrange(150)
+            await plane.counters.settle(a_settlement(handoff, amount_nanos, end), now_ms=now_ms())
+            if end is End.ESTIMATED:
+                await plane.counters.settle(a_settlement(handoff, 33), now_ms=now_ms())
+
+    async def repeat(job, pause):
+        while not stopping.is_set():
+            await job.run_once()
+            await asyncio.sleep(pause)
+
+    job = the_job(plane)
+    running = [asyncio.create_task(caller(number)) for number in range(8)]
+    running += [asyncio.create_task(repeat(plane.drain(), 0.02)), asyncio.create_task(repeat(job, 0.05))]
+    for number, window in enumerate((WindowKind.DAY, WindowKind.LIFETIME, WindowKind.ROLLING, WindowKind.YEAR)):
+        rolling = {"rolling_ms": 86_400_000} if window is WindowKind.ROLLING else {}
+        await plane.make_budget(f"b{number}", window=window, limit_nanos=10**12, **rolling)
+        await plane.publisher.publish("acme")
+        await asyncio.sleep(0.3)
+        await plane.budgets.update("acme-month", {"zone": chance.choice(["UTC", "Asia/Kathmandu"])}, actor="a")
+        await plane.publisher.publish("acme")
+        await asyncio.sleep(0.3)
+    stopping.set()
+    await asyncio.gather(*running)
+    await drain_all(plane)
+    await job.run_once()
+    await job.run_once()
+    ledger = await plane.in_ledger()
+    assert calls > 200
+    assert ledger > 0
+    assert {spec.seeding for spec in (await plane.counters.load_tenant("acme")).budgets} == {False}
+    assert set((await plane.counted()).values()) == {(ledger, 0)}
+    assert plane.reconciler._metrics.drifted._value.get() == 0
+    assert isinstance(await plane.hold("op-last", key_id=KEY_ID), object)
