@@ -8,8 +8,9 @@ from budgetguard.core.snapshot import SubjectKind
 
 # A row may become visible up to a transaction's length after the time that it was recorded at.
 OVERLAP_S = 60
-# A call ends, and its row is recorded, at most this long after its admission; a later correction is not looked after.
-HELD_BEFORE_S = 2 * 24 * 3600
+# A call ends, and its row is recorded, at most this long after its admission, also when Postgres was away for days; a
+# later correction is not looked after. It only bounds how many partitions are looked into.
+HELD_BEFORE_S = 8 * 24 * 3600
 
 # How a row names its subjects of a kind.
 SUBJECTS = {
