@@ -6,6 +6,9 @@
 --
 -- Redis does not roll a script back, so each decides everything first; below the line "writes" nothing may fail.
 
+-- A local is at hand where a global is looked up by its name each time.
+local redis, string, math, tonumber = redis, string, math, tonumber
+
 local HELD = 'HELD'
 local NANOS_PER_USD = 1000000000
 local CALL_NANOS_MAX = 9007199254740991 -- 2^53-1: up to here a double is exact
@@ -28,12 +31,15 @@ local function normal(dollars, nanos)
   return dollars + carry, nanos - carry * NANOS_PER_USD
 end
 
+-- Most amounts are so short (less than a million dollars) that the sum of several of them is exact as a double.
+local SHORT = 15
+
 -- Reads an exact decimal string of nanos, as Redis keeps it; a missing one is 0.
 local function money(text)
   if not text then
     return 0, 0
   end
-  if #text <= 15 then
+  if #text <= SHORT then
     return normal(0, tonumber(text))
   end
   local nanos = tonumber(string.sub(text, -9))
@@ -98,18 +104,17 @@ local function sum_buckets(counter, first, last, sign)
   return fields
 end
 
--- Reads a counter; of a rolling one without what is past in `bucket` ('' when it does not roll). Writes nothing.
-local function read_counter(key, bucket, number)
+-- Reads into a table what its `key` has; of a rolling counter without what is past in `bucket` ('' when it does not
+-- roll). Writes nothing. The table is the caller's, made with all that will be in it: each growth costs as a read does.
+local function read_counter(counter, bucket, number)
   local read
   if bucket == '' then
-    read = redis.call('HMGET', key, 'spent', 'held', 'seed')
+    read = redis.call('HMGET', counter.key, 'spent', 'held', 'seed')
   else
-    read = redis.call('HMGET', key, 'spent', 'held', 'seed', 'first', 'last')
+    read = redis.call('HMGET', counter.key, 'spent', 'held', 'seed', 'first', 'last')
   end
-  local counter = {
-    key = key, spent = read[1] or '0', held = read[2] or '0', seed = read[3] or '0',
-    new = not read[1] and not read[2] and not read[3],
-  }
+  counter.spent, counter.held, counter.seed = read[1] or '0', read[2] or '0', read[3] or '0'
+  counter.new = not read[1] and not read[2] and not read[3]
   if bucket == '' then
     return counter
   end
@@ -134,13 +139,16 @@ end
 
 -- What a limit leaves, as a pair. A sum below zero is damage, not credit.
 local function left_of(counter, limit)
-  local left_dollars, left_nanos = money(limit)
-  local spent_dollars, spent_nanos = money(counter.spent)
-  local held_dollars, held_nanos = money(counter.held)
-  local seed_dollars, seed_nanos = 0, 0
-  if counter.seed ~= '0' then
-    seed_dollars, seed_nanos = money(counter.seed)
+  local spent, held, seed, most = counter.spent, counter.held, counter.seed, tonumber(limit)
+  if most <= CALL_NANOS_MAX and #spent <= SHORT and #held <= SHORT and #seed <= SHORT then
+    return normal(
+      0, most - math.max(tonumber(spent), 0) - math.max(tonumber(held), 0) - math.max(tonumber(seed), 0)
+    )
   end
+  local left_dollars, left_nanos = money(limit)
+  local spent_dollars, spent_nanos = money(spent)
+  local held_dollars, held_nanos = money(held)
+  local seed_dollars, seed_nanos = money(seed)
   if spent_dollars < 0 then
     spent_dollars, spent_nanos = 0, 0
   end
@@ -165,6 +173,9 @@ end
 -- How much fits of what is to be added: a counter that would overflow stays at its end, where nothing more is admitted.
 -- Returns it, and what is spent then.
 local function fitting(spent, more)
+  if #spent <= SHORT and #more <= SHORT then
+    return more, whole(tonumber(spent) + tonumber(more))
+  end
   local more_dollars, more_nanos = money(more)
   local dollars, nanos = money(spent)
   local max_dollars, max_nanos = money(COUNTER_NANOS_MAX)
@@ -198,17 +209,19 @@ local function move(counter, spent, held)
   end
   local fits
   fits, counter.spent = fitting(counter.spent, spent)
+  if held ~= 0 or counter.bucket then
+    local dollars, nanos = money(counter.held)
+    local more_dollars, more_nanos = normal(0, held) -- apart: a call's most and some nanos are no exact double
+    counter.held = amount(normal(dollars + more_dollars, nanos + more_nanos))
+  end
   if not counter.bucket then
-    if held ~= 0 then
-      redis.call('HINCRBY', counter.key, 'held', whole(held))
-    end
-    if spent ~= '0' then
+    if held == 0 then
       redis.call('HSET', counter.key, 'spent', counter.spent)
+    else
+      redis.call('HSET', counter.key, 'spent', counter.spent, 'held', counter.held)
     end
     return
   end
-  local dollars, nanos = money(counter.held)
-  counter.held = amount(normal(dollars, nanos + held))
   write_rolling(counter)
   redis.call('HINCRBY', counter.key, 's' .. whole(counter.bucket), fits)
   redis.call('HINCRBY', counter.key, 'h' .. whole(counter.bucket), whole(held))
@@ -228,9 +241,10 @@ local function read_counters(first, argument)
   local counters = {}
   for index = first, #KEYS do
     local at = argument + (index - first) * COUNTER_WIDTH
-    local counter = read_counter(KEYS[index], ARGV[at + 2], tonumber(ARGV[at + 3]))
-    counter.kept_until, counter.unit = ARGV[at], ARGV[at + 1]
-    counters[#counters + 1] = counter
+    local counter = {
+      key = KEYS[index], kept_until = ARGV[at], unit = ARGV[at + 1], spent = '0', held = '0', seed = '0', new = true,
+    }
+    counters[#counters + 1] = read_counter(counter, ARGV[at + 2], tonumber(ARGV[at + 3]))
   end
   return counters
 end

@@ -115,9 +115,12 @@ local room, tightest = CALL_NANOS_MAX, nil
 local room_tokens, tightest_tokens = nil, nil
 for number = 1, number_of_limits do
   local at = FIRST_LIMIT + (number - 1) * LIMIT_WIDTH
-  local limit = read_counter(KEYS[FIRST_COUNTER + number - 1], ARGV[at + 2], tonumber(ARGV[at + 3]))
-  limit.kept_until, limit.unit, limit.limit, limit.id = ARGV[at], ARGV[at + 1], ARGV[at + 4], ARGV[at + 6]
-  limit.slides = ARGV[at + 7] == '1'
+  local limit = {
+    key = KEYS[FIRST_COUNTER + number - 1], kept_until = ARGV[at], unit = ARGV[at + 1], limit = ARGV[at + 4],
+    id = ARGV[at + 6], slides = ARGV[at + 7] == '1', spent = '0', held = '0', seed = '0', new = true,
+    left_dollars = 0, left_nanos = 0, room = 0,
+  }
+  read_counter(limit, ARGV[at + 2], tonumber(ARGV[at + 3]))
   if limit.bucket then
     limit.buckets, limit.width = tonumber(ARGV[at + 3]), tonumber(ARGV[at + 8])
   end
