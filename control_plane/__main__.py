@@ -28,6 +28,7 @@ from budgetguard.adapters.postgres.ledger_reader import LedgerReader
 from budgetguard.adapters.postgres.ledger_sums import LedgerSums
 from budgetguard.adapters.postgres.maintenance import MaintenanceRepository
 from budgetguard.adapters.postgres.pool import Database, open_database
+from budgetguard.adapters.postgres.refusals import RefusalRepository
 from budgetguard.adapters.postgres.sessions import SessionRepository
 from budgetguard.adapters.postgres.tags import TagRepository
 from budgetguard.adapters.postgres.tenants import TenantRepository
@@ -39,6 +40,7 @@ from budgetguard.adapters.redis.epoch import Epoch
 from budgetguard.adapters.redis.events import UsageEvents
 from budgetguard.adapters.redis.published import Published
 from budgetguard.adapters.redis.reconciling import CounterBook
+from budgetguard.adapters.redis.refusals import Refusals
 from budgetguard.adapters.redis.standing import StandingReader
 from budgetguard.adapters.serving import ListenError, serve, stop_on_signals
 from budgetguard.adapters.settings import SettingsError
@@ -61,6 +63,8 @@ from budgetguard.v1 import (
     quote_pb2_grpc,
     rate_limit_pb2,
     rate_limit_pb2_grpc,
+    refusal_pb2,
+    refusal_pb2_grpc,
     session_pb2,
     session_pb2_grpc,
     system_pb2,
@@ -79,6 +83,7 @@ from control_plane.corrections import Corrections
 from control_plane.errors import AdminInterceptor
 from control_plane.health import HealthProbe
 from control_plane.jobs.carry_over import CarryOver
+from control_plane.jobs.drain_refusals import DrainRefusals, DrainRefusalsMetrics
 from control_plane.jobs.drain_usage import DrainMetrics, DrainUsage, LedgerWriter
 from control_plane.jobs.expire_holds import ExpireHolds
 from control_plane.jobs.maintain_ledger import AlarmMetrics, MaintainLedger
@@ -96,6 +101,7 @@ from control_plane.services.budgets import BudgetService
 from control_plane.services.catalog import PriceService, ProviderService
 from control_plane.services.corrections import CorrectionService
 from control_plane.services.quotes import QuoteService
+from control_plane.services.refusals import RefusalService
 from control_plane.services.sessions import SessionService
 from control_plane.services.system import SystemService
 from control_plane.services.tags import TagService
@@ -121,6 +127,7 @@ SERVICES = (
     provider_pb2.DESCRIPTOR,
     quote_pb2.DESCRIPTOR,
     rate_limit_pb2.DESCRIPTOR,
+    refusal_pb2.DESCRIPTOR,
     session_pb2.DESCRIPTOR,
     system_pb2.DESCRIPTOR,
     tag_pb2.DESCRIPTOR,
@@ -156,6 +163,7 @@ class ControlPlane:
         self._budgets = BudgetRepository(database)
         self._catalog = CatalogRepository(database)
         self._ledger = LedgerRepository(database)
+        self._refusals = RefusalRepository(database)
         self._counters = Counters(self._redis)
         self.prices = PriceBook(self._counters)
         self._reconcile_metrics = ReconcileMetrics(self.registry)
@@ -206,6 +214,7 @@ class ControlPlane:
                 self._publish_catalog,
                 # A new name each time: what an earlier process left pending is claimed, not taken for ours.
                 DrainUsage(writer, consumer=f"control-plane-{uuid4().hex[:12]}"),
+                DrainRefusals(Refusals(redis), self._refusals, metrics=DrainRefusalsMetrics(self.registry)),
                 ExpireHolds(Counters(redis), now_ms=now_ms),
                 RebuildCounters(
                     database=self._database,
@@ -240,7 +249,10 @@ class ControlPlane:
                     now_ms=now_ms,
                 ),
                 MaintainLedger(
-                    MaintenanceRepository(self._database), self._ledger, metrics=AlarmMetrics(self.registry)
+                    MaintenanceRepository(self._database),
+                    self._ledger,
+                    self._refusals,
+                    metrics=AlarmMetrics(self.registry),
                 ),
             ),
             metrics=JobMetrics(self.registry),
@@ -303,6 +315,7 @@ class ControlPlane:
             UsageService(ledger=LedgerReader(self._database), tenants=self._tenants, book=CounterBook(self._redis)),
             server,
         )
+        refusal_pb2_grpc.add_RefusalServiceServicer_to_server(RefusalService(refusals=self._refusals), server)
         provider_pb2_grpc.add_ProviderServiceServicer_to_server(
             ProviderService(catalog=self._catalog, publisher=publisher), server
         )

@@ -21,9 +21,11 @@ from budgetguard.v1 import (
     api_key_pb2,
     budget_event_pb2,
     budget_pb2,
+    correction_pb2,
     price_pb2,
     provider_pb2,
     rate_limit_pb2,
+    refusal_pb2,
     session_pb2,
     tag_pb2,
     tenant_pb2,
@@ -144,6 +146,26 @@ def instant(text: str, *, field: str, whole_day: bool = False, zone: tzinfo = UT
         return (moment - _EPOCH) // timedelta(milliseconds=1)
     except (ValueError, OverflowError):
         raise InvalidError(field, _EXPECTED_INSTANT) from None
+
+
+def instants_between(
+    request: usage_pb2.ListLedgerRowsRequest
+    | usage_pb2.SumUsageRequest
+    | correction_pb2.CorrectOperationsRequest
+    | refusal_pb2.ListRefusalsRequest
+    | refusal_pb2.CountRefusalsRequest,
+) -> tuple[int | None, int | None]:
+    """Read between which times a request asks; ``None`` where it does not say.
+
+    Raises:
+        InvalidError: one of them is none.
+    """
+    # "from" is a word of Python's own.
+    since = str(getattr(request, "from"))
+    return (
+        instant(since, field="from") if since else None,
+        instant(request.until, field="until") if request.until else None,
+    )
 
 
 def duration_milliseconds(duration: Duration, *, field: str) -> int:

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from uuid import uuid4
 
 import uvloop
 
@@ -14,10 +15,12 @@ from budgetguard.adapters.policy import open_policy
 from budgetguard.adapters.prices import PriceBook
 from budgetguard.adapters.redis.client import RedisClient
 from budgetguard.adapters.redis.counters import Counters
+from budgetguard.adapters.redis.refusals import Refusals
 from budgetguard.adapters.serving import ListenError, serve, stop_on_signals
 from budgetguard.adapters.settings import SettingsError
 from budgetguard.adapters.telemetry import configure_logging
 from budgetguard.core.policy import PolicyLoadError
+from ext_authz.attempts import RefusalLog
 from ext_authz.check import Checker
 from ext_authz.failures import CLOSED, POLICY_SKIPPED, Failures
 from ext_authz.large_bodies import LargeBodies
@@ -32,6 +35,11 @@ logger = logging.getLogger(__name__)
 REDIS_TIMEOUT_SECONDS = 0.2
 
 
+def now_ms() -> int:
+    """Read the clock."""
+    return time.time_ns() // 1_000_000
+
+
 async def run(settings: Settings) -> None:
     """Serve until a signal.
 
@@ -42,6 +50,10 @@ async def run(settings: Settings) -> None:
     stopping = stop_on_signals()
     redis = RedisClient(settings.redis_url, timeout_seconds=REDIS_TIMEOUT_SECONDS)
     counters = Counters(redis)
+    # Of its own, so that no call's command stands behind a refusal's.
+    refusals_redis = RedisClient(settings.redis_url, timeout_seconds=REDIS_TIMEOUT_SECONDS)
+    # A new name each time: a count that begins anew must not be taken for an older one.
+    refusals = RefusalLog(Refusals(refusals_redis), source=uuid4().hex[:12], now_ms=now_ms)
     prices = PriceBook(counters)
     meter = Meter(settings.ext_proc_address)
     large_bodies = LargeBodies()
@@ -53,13 +65,14 @@ async def run(settings: Settings) -> None:
         prices=prices,
         policy=policy,
         provider_key=settings.provider_key,
-        now_ms=lambda: time.time_ns() // 1_000_000,
+        now_ms=now_ms,
         failures=Failures(POLICY_SKIPPED if settings.policy_failure == POLICY_SKIP else CLOSED),
         large_bodies=large_bodies,
+        refusals=refusals,
         is_metered=lambda: meter.is_there,
     )
     server = WireServer(settings.address, unary=AuthorizationService(checker).methods())
-    background = [asyncio.create_task(prices.keep_fresh()), asyncio.create_task(meter.watch())]
+    background = [asyncio.create_task(task) for task in (prices.keep_fresh(), meter.watch(), refusals.keep_telling())]
     # What was made so far stays: prices alone are a hundred thousand objects, which no collection has to walk again.
     gc.collect()
     gc.freeze()
@@ -69,8 +82,10 @@ async def run(settings: Settings) -> None:
         for task in background:
             task.cancel()
         await checker.drain()
+        await refusals.drain()
         await large_bodies.close()
         await policy.close()
+        await refusals_redis.close()
         await redis.close()
 
     await serve(server, stopping=stopping, close=close)

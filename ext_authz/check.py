@@ -25,6 +25,7 @@ from budgetguard.core.providers.api import InvalidRequestError, RequestFacts
 from budgetguard.core.reasons import Deny, Reason
 from budgetguard.core.refusals import deny_of
 from budgetguard.core.snapshot import KeySnapshot, TenantSnapshot
+from ext_authz.attempts import Seen
 from ext_authz.call import Admitted, IncomingCall, Refused, refuse
 from ext_authz.failures import Failure, Failures
 from ext_authz.large_bodies import LargeBodiesError
@@ -64,6 +65,13 @@ class BodyReader(Protocol):
         """Read what is metered of it; raises ``InvalidRequestError`` and ``LargeBodiesError``."""
 
 
+class Refusals(Protocol):
+    """Takes note of refused calls; see ``RefusalLog``."""
+
+    def record(self, deny: Deny, *, call: IncomingCall, api: str, seen: Seen) -> None:
+        """Record a refusal, if its key was authenticated; neither waits nor fails."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Caller:
     tenant: TenantSnapshot
@@ -92,6 +100,7 @@ class Checker:
         now_ms: Callable[[], int],
         failures: Failures,
         large_bodies: BodyReader,
+        refusals: Refusals,
         is_metered: Callable[[], bool] = lambda: True,
     ) -> None:
         self._counters = counters
@@ -102,6 +111,7 @@ class Checker:
         self._now_ms = now_ms
         self._failures = failures
         self._large_bodies = large_bodies
+        self._refusals = refusals
         self._is_metered = is_metered
         self._contexts = Contexts()
         self._releases: set[asyncio.Task[None]] = set()
@@ -114,21 +124,24 @@ class Checker:
         if not call.operation_id:
             logger.error("no x-request-id: the edge must make one a call")
             return refuse(Deny(Reason.INTERNAL), call=call, api=api)
-        reserving: list[Handoff] = []
+        seen = Seen()
         seconds = CHECK_SECONDS + (LARGE_BODY_SECONDS if len(call.body) > LARGE_BODY_BYTES else 0.0)
         try:
             async with asyncio.timeout(seconds):
-                answer = await self._decide(call, api, reserving)
+                answer = await self._decide(call, api, seen)
         except CountersUnavailableError as error:
-            self._undo(reserving, detail="counters unavailable")
+            self._undo(seen.reserving, detail="counters unavailable")
             answer = self._failed(Failure.COUNTERS, call, str(error))
         except TimeoutError:
-            self._undo(reserving, detail="check deadline")
+            self._undo(seen.reserving, detail="check deadline")
             answer = self._failed(Failure.DEADLINE, call, f"no decision within {seconds} s")
         except asyncio.CancelledError:
-            self._undo(reserving, detail="check given up")
+            self._undo(seen.reserving, detail="check given up")
             raise
-        return refuse(answer, call=call, api=api) if isinstance(answer, Deny) else answer
+        if isinstance(answer, Deny):
+            self._refusals.record(answer, call=call, api=api.name, seen=seen)
+            return refuse(answer, call=call, api=api)
+        return answer
 
     def give_up(self, admitted: Admitted) -> None:
         """Free an admitted call's hold: nobody waited for the answer, so it was never forwarded."""
@@ -139,48 +152,55 @@ class Checker:
         while self._releases:
             await asyncio.gather(*self._releases, return_exceptions=True)
 
-    async def _decide(self, call: IncomingCall, api: ProviderApi, reserving: list[Handoff]) -> Admitted | Deny:
+    async def _decide(self, call: IncomingCall, api: ProviderApi, seen: Seen) -> Admitted | Deny:
         credentials = read_credentials(call.headers)
         if isinstance(credentials, Deny):
             return credentials
-        caller = await self._authenticate(call, credentials, fresh=False)
+        caller = await self._authenticate(call, credentials, seen, fresh=False)
         if isinstance(caller, Deny):
             return caller
         request = await self._parse(call, api)
         if isinstance(request, Deny):
             return request
+        seen.model = request.model
         route = self._route(call, api, credentials)
         if isinstance(route, Deny):
             return route
+        seen.provider_id = route.provider.provider_id
         if not self._is_metered():
             return self._failed(Failure.METER, call, "ext_proc does not run")
         for _ in range(STALE_RETRIES + 1):
-            answer = await self._reserve(call, caller, request, route, reserving)
+            answer = await self._reserve(call, caller, request, route, seen.reserving)
             if not isinstance(answer, ReserveRefused):
                 return answer
-            reserving.clear()
+            seen.reserving.clear()
             if answer.kind is not Refusal.STALE:
                 return deny_of(answer)
-            caller = await self._authenticate(call, credentials, fresh=True)
+            caller = await self._authenticate(call, credentials, seen, fresh=True)
             if isinstance(caller, Deny):
                 return caller
         return self._failed(Failure.RECORDS, call, f"records of {credentials.key.tenant_id} kept changing")
 
-    async def _authenticate(self, call: IncomingCall, credentials: Credentials, *, fresh: bool) -> _Caller | Deny:
+    async def _authenticate(
+        self, call: IncomingCall, credentials: Credentials, seen: Seen, *, fresh: bool
+    ) -> _Caller | Deny:
         """Find who calls, and for whom. Refuse on fresh records only: a cached one may be older than a key or a tag."""
         presented = credentials.key
         key = await self._records.key(tenant_id=presented.tenant_id, key_id=presented.key_id, fresh=fresh)
         # Only for a known key: otherwise made-up tenants would each cost a second trip.
         tenant = await self._records.tenant(presented.tenant_id, fresh=fresh) if key else None
         deny = authenticate(credentials, tenant=tenant, key=key, now_ms=self._now_ms())
+        # Whoever knows the secret is known, also when the key is of no use any more.
+        seen.key = None if deny and deny.reason is Reason.API_KEY_UNKNOWN else key
         if deny is None and tenant is not None and key is not None:
             context = self._contexts.read(call.headers, tenant=tenant, key=key)
+            seen.context = None if isinstance(context, Deny) else context
             if not isinstance(context, Deny):
                 return _Caller(tenant=tenant, key=key, context=context)
             deny = context
         if fresh or key is None:
             return deny or Deny(Reason.API_KEY_UNKNOWN)
-        return await self._authenticate(call, credentials, fresh=True)
+        return await self._authenticate(call, credentials, seen, fresh=True)
 
     async def _parse(self, call: IncomingCall, api: ProviderApi) -> RequestFacts | Deny:
         if call.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):

@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from budgetguard.adapters.postgres.ledger import LedgerRepository
 from budgetguard.adapters.postgres.maintenance import MaintenanceRepository
+from budgetguard.adapters.postgres.refusals import RefusalRepository
 
 logger = logging.getLogger(__name__)
 
@@ -20,18 +21,26 @@ class AlarmMetrics:
 
 
 class MaintainLedger:
-    """Partitions for the months to come; rows without one, and dead events, are alarms."""
+    """Partitions for the months to come; rows without one, and dead events, are alarms. Old refusals are dropped."""
 
     name = "maintain_ledger"
     interval_s = 600.0
 
-    def __init__(self, maintenance: MaintenanceRepository, ledger: LedgerRepository, *, metrics: AlarmMetrics) -> None:
+    def __init__(
+        self,
+        maintenance: MaintenanceRepository,
+        ledger: LedgerRepository,
+        refusals: RefusalRepository,
+        *,
+        metrics: AlarmMetrics,
+    ) -> None:
         self._maintenance = maintenance
         self._ledger = ledger
+        self._refusals = refusals
         self._metrics = metrics
 
     async def run_once(self) -> bool:
-        """Look once."""
+        """Look once; says whether there is more to drop."""
         outcomes = await self._maintenance.make_partitions()
         made = [month for month, outcome in outcomes.items() if outcome == "made"]
         blocked = [month for month, outcome in outcomes.items() if outcome == "blocked"]
@@ -45,4 +54,7 @@ class MaintainLedger:
         forgotten = await self._maintenance.forget_request_ids()
         if forgotten:
             logger.info("job=%s request_ids_forgotten=%d", self.name, forgotten)
-        return False
+        refusals = await self._refusals.forget()
+        if refusals:
+            logger.info("job=%s refusals_forgotten=%d", self.name, refusals)
+        return refusals > 0

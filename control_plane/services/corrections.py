@@ -7,10 +7,9 @@ from budgetguard.core.errors import InvalidError
 from budgetguard.core.money import format_usd
 from budgetguard.v1 import correction_pb2, correction_pb2_grpc
 from control_plane.corrections import Corrections
-from control_plane.messages import ENDS, ENDS_BACK, dollars
+from control_plane.messages import ENDS, ENDS_BACK, dollars, instants_between
 from control_plane.services import ACTOR
 from control_plane.services.tenants import Tenants
-from control_plane.services.usage import admitted_between
 
 
 class CorrectionService(correction_pb2_grpc.CorrectionServiceServicer):
@@ -43,7 +42,7 @@ class CorrectionService(correction_pb2_grpc.CorrectionServiceServicer):
         if end is None:
             raise InvalidError("end", "expected EXPIRED, ESTIMATED, RELEASED, CONFIRMED or CORRECTED")
         tenant = await self._tenants.get(request.tenant_id)
-        from_ms, until_ms = admitted_between(request)
+        from_ms, until_ms = instants_between(request)
         corrected = await self._corrections.correct_all(
             LedgerFilter(
                 tenant_id=tenant.tenant_id,

@@ -7,8 +7,8 @@ from budgetguard.adapters.redis.reconciling import LiveHold
 from budgetguard.core.entities import LedgerFilter, LedgerRow, Page, UsageGroup, UsageSum
 from budgetguard.core.errors import InvalidError
 from budgetguard.core.money import format_usd
-from budgetguard.v1 import correction_pb2, usage_pb2, usage_pb2_grpc
-from control_plane.messages import ENDS_BACK, GROUPS, hold_message, instant, ledger_message, sum_message
+from budgetguard.v1 import usage_pb2, usage_pb2_grpc
+from control_plane.messages import ENDS_BACK, GROUPS, hold_message, instants_between, ledger_message, sum_message
 from control_plane.services.tenants import Tenants
 
 
@@ -40,7 +40,7 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
         end = ENDS_BACK.get(request.end)
         if request.end and end is None:
             raise InvalidError("end", "expected EXPIRED, ESTIMATED, RELEASED, CONFIRMED or CORRECTED")
-        from_ms, until_ms = admitted_between(request)
+        from_ms, until_ms = instants_between(request)
         wanted = LedgerFilter(
             tenant_id=request.tenant_id,
             key_id=request.api_key_id,
@@ -80,7 +80,7 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
             raise InvalidError("group_by", "expected DAY, MODEL, API_KEY, TAG, SESSION, END_USER or PROVIDER")
         # An unknown tenant is an error, not an empty list of sums.
         tenant = await self._tenants.get(request.tenant_id)
-        from_ms, until_ms = admitted_between(request)
+        from_ms, until_ms = instants_between(request)
         wanted = LedgerFilter(tenant_id=tenant.tenant_id, from_ms=from_ms, until_ms=until_ms)
         sums = await self._ledger.sums(wanted, by=by)
         operations, nanos = await self._ledger.total(wanted)
@@ -93,15 +93,3 @@ class UsageService(usage_pb2_grpc.UsageServiceServicer):
 
 def _place(hold: LiveHold) -> list[int | str]:
     return [hold.facts.held_at_ms, hold.facts.operation_id]
-
-
-def admitted_between(
-    request: usage_pb2.ListLedgerRowsRequest | usage_pb2.SumUsageRequest | correction_pb2.CorrectOperationsRequest,
-) -> tuple[int | None, int | None]:
-    """Read between which admission times."""
-    # "from" is a word of Python's own.
-    since = str(getattr(request, "from"))
-    return (
-        instant(since, field="from") if since else None,
-        instant(request.until, field="until") if request.until else None,
-    )

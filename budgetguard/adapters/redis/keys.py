@@ -78,6 +78,36 @@ def key_requests(tenant_id: str, key_id: str) -> str:
     return _of(tenant_id, "key-requests", key_id)
 
 
+def refusals(shard: int) -> str:
+    """Stream: refused attempts on their way to Postgres."""
+    return f"bg:{{{shard:02x}}}:refusals"
+
+
+def refusal_counts(shard: int) -> str:
+    """Hash: counts of refused attempts on their way to Postgres, by ``refusal_count``."""
+    return f"bg:{{{shard:02x}}}:refusal-counts"
+
+
+def refusal_numbers(tenant_id: str, minute_ms: int) -> str:
+    """Hash: how many attempts of the tenant's minute have become rows, by ``refusal_group``."""
+    return _of(tenant_id, "refusal-numbers", str(minute_ms))
+
+
+def refusal_group(key_id: str, reason: str) -> str:
+    """Name a key's refusals of one reason within a tenant's minute."""
+    return f"{_escape(key_id)}:{_escape(reason)}"
+
+
+def refusal_count(*parts: str) -> str:
+    """Name a count within its shard, by what identifies it."""
+    return ":".join(map(_escape, parts))
+
+
+def split_refusal_count(name: str) -> list[str]:
+    """Undo ``refusal_count``."""
+    return [unquote(part) for part in name.split(":")]
+
+
 def catalog() -> str:
     """Hash: the catalog of providers and prices and its version; a key that belongs to no tenant."""
     return "bg:catalog"

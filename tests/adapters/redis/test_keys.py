@@ -38,6 +38,9 @@ def test_all_keys_of_a_tenant_are_in_its_slot_and_no_id_reaches_another_key(tena
         keys.generation(shard),
         keys.usage(shard),
         keys.leases(shard),
+        keys.refusals(shard),
+        keys.refusal_counts(shard),
+        keys.refusal_numbers(tenant_id, 60_000),
         keys.tenant(tenant_id),
         keys.tenant_requests(tenant_id),
         keys.api_key(tenant_id, part),
@@ -58,6 +61,14 @@ def test_all_keys_of_a_tenant_are_in_its_slot_and_no_id_reaches_another_key(tena
 @given(tenant_id=IDS, operation_id=IDS)
 def test_a_lease_names_its_operation(tenant_id, operation_id):
     assert keys.split_lease_member(keys.lease_member(tenant_id, operation_id)) == (tenant_id, operation_id)
+
+
+@given(parts=st.lists(IDS, min_size=1), key_id=IDS, other=IDS)
+def test_a_count_of_refusals_names_what_it_counts(parts, key_id, other):
+    assert keys.split_refusal_count(keys.refusal_count(*parts)) == parts
+    # The script sets a source behind it, after a space.
+    assert " " not in keys.refusal_group(key_id, other)
+    assert keys.refusal_group(f"{key_id}:{other}", "x") != keys.refusal_group(key_id, f"{other}:x")
 
 
 def test_the_catalog_belongs_to_no_shard():

@@ -19,6 +19,8 @@ from budgetguard.v1 import (
     api_key_pb2_grpc,
     budget_pb2,
     budget_pb2_grpc,
+    refusal_pb2,
+    refusal_pb2_grpc,
     system_pb2,
     system_pb2_grpc,
     tenant_pb2,
@@ -163,6 +165,18 @@ async def test_pages_hold_each_row_once(channel):
             usage_pb2.SumUsageRequest(tenant_id="x", group_by=99),
             "group_by",
         ),
+        (
+            refusal_pb2_grpc.RefusalServiceStub,
+            "ListRefusals",
+            refusal_pb2.ListRefusalsRequest(reason="no such"),
+            "reason",
+        ),
+        (
+            refusal_pb2_grpc.RefusalServiceStub,
+            "CountRefusals",
+            refusal_pb2.CountRefusalsRequest(group_by=99),
+            "group_by",
+        ),
     ],
 )
 async def test_a_wrong_field_is_named(channel, stub, method, request_, field):
@@ -186,6 +200,7 @@ async def test_a_wrong_field_is_named(channel, stub, method, request_, field):
 async def test_every_method_asks_for_the_admin_key(channel, metadata, reason):
     for stub, method, request in (
         (tenant_pb2_grpc.TenantServiceStub, "ListTenants", tenant_pb2.ListTenantsRequest()),
+        (refusal_pb2_grpc.RefusalServiceStub, "ListRefusals", refusal_pb2.ListRefusalsRequest()),
         (system_pb2_grpc.SystemServiceStub, "GetHealth", system_pb2.GetHealthRequest()),
         (system_pb2_grpc.SystemServiceStub, "GetMetrics", system_pb2.GetMetricsRequest()),
     ):

@@ -265,6 +265,22 @@ def test_usage_is_filtered_by_query(rest, tenant_id):
     assert list(violations(rest.get("/admin/usage/ledger", params={"page_size": -1}))) == ["page_size"]
 
 
+@pytest.mark.parametrize("path", ["/v1/admin/refusals", "/v1/admin/tenants/{}/refusals", "/admin/tenant/{}/refusals"])
+def test_refusals_are_filtered_by_query(rest, tenant_id, path):
+    path = path.format(tenant_id)
+    wanted = {"reason": "BUDGET_EXCEEDED", "apiKeyId": "k" * 16, "from": "2026-01-01", "until": "2026-01-02T00:00:00Z"}
+    listed = rest.get(path, params={**wanted, "model": "gpt-4o", "sessionId": "s 1", "pageSize": 5})
+    assert listed.json() == {"refusals": [], "nextPageToken": ""}, listed.text
+    for group in ("REASON", "api_key", "day", "MINUTE"):
+        counted = rest.get(f"{path}/counts", params={**wanted, "groupBy": group})
+        assert counted.json() == {"counts": [], "total": "0"}, counted.text
+    for wrong in ({"reason": "budget"}, {"from": "yesterday"}, {"page_size": -1}, {"page_token": "made up"}):
+        assert list(violations(rest.get(path, params=wrong))) == list(wrong)
+    for where in (path, f"{path}/counts"):
+        unknown = rest.get(where, params={"color": "red"})
+        assert (unknown.status_code, "color" in unknown.json()["message"]) == (400, True)
+
+
 def test_a_change_under_an_old_etag_is_refused(rest, tenant_id):
     budgets = {"budgets": [{"period": "daily", "amountUsd": 1}]}
     (budget,) = rest.post(f"/admin/tenant/{tenant_id}/budgets", json=budgets).json()["budgets"]

@@ -14,17 +14,20 @@ from google.rpc.status_pb2 import Status as RpcStatus
 from prometheus_client import CollectorRegistry
 
 from budgetguard.adapters.redis.client import CountersUnavailableError
-from budgetguard.core.entities import ApiKey, Budget, Tenant
+from budgetguard.core.attempts import RecordedAttempt
+from budgetguard.core.entities import ApiKey, Budget, Page, Tenant
 from budgetguard.core.errors import DependencyUnavailableError, NotFoundError
 from budgetguard.core.snapshot import KeyStatus, Mode, Status, SubjectKind, WindowKind
-from budgetguard.v1 import api_key_pb2, budget_pb2, system_pb2, tenant_pb2
+from budgetguard.v1 import api_key_pb2, budget_pb2, refusal_pb2, system_pb2, tenant_pb2
 from control_plane.errors import AdminInterceptor
 from control_plane.health import PostgresState, RedisState, SystemState
 from control_plane.publisher import Publisher
 from control_plane.services.api_keys import ApiKeyService
 from control_plane.services.budgets import BudgetService
+from control_plane.services.refusals import RefusalService
 from control_plane.services.system import SystemService
 from control_plane.services.tenants import TenantService
+from tests.plugins.attempts import an_attempt
 
 ADMIN = (("x-admin-key", "secret-admin-key"),)
 NOW_MS = 1_767_225_600_000 + 3_600_000  # 2026-01-01T01:00:00Z
@@ -142,6 +145,7 @@ class Answering:
 TENANTS = tenant_pb2.DESCRIPTOR.services_by_name["TenantService"]
 BUDGETS = budget_pb2.DESCRIPTOR.services_by_name["BudgetService"]
 KEYS = api_key_pb2.DESCRIPTOR.services_by_name["ApiKeyService"]
+REFUSALS = refusal_pb2.DESCRIPTOR.services_by_name["RefusalService"]
 SYSTEM = system_pb2.DESCRIPTOR.services_by_name["SystemService"]
 
 
@@ -215,6 +219,29 @@ def test_a_new_key_is_shown_even_when_redis_is_down():
     assert code is grpc.StatusCode.OK
     assert answer.key == f"bg_acme_{'k' * 16}_{'A' * 43}"
     assert not answer.published
+
+
+def test_a_refused_call_is_told_with_the_very_facts_that_its_caller_got():
+    facts = {"budget_id": "b1", "limit_usd": "0.02", "resets_at": None, "retryable": False, "needed_tokens": 5}
+    recorded = RecordedAttempt(refusal_id=1, attempt=an_attempt("op-7", facts=facts), recorded_at_ms=NOW_MS)
+    service = RefusalService(refusals=Answering(Page(items=(recorded,), next_page_token="more")))
+    answer, _, code, _ = call(service, REFUSALS, "ListRefusals", refusal_pb2.ListRefusalsRequest())
+    assert (code, answer.next_page_token) == (grpc.StatusCode.OK, "more")
+    (refused,) = answer.refusals
+    assert (refused.operation_id, refused.reason, refused.http_status) == ("op-7", "BUDGET_EXCEEDED", 402)
+    assert {name: refused.facts[name] for name in refused.facts} == facts
+    assert (list(refused.tags), refused.session_id, refused.end_user) == (["a", "b"], "s 1", "jo")
+    assert refused.refuse_time.ToMilliseconds() == recorded.attempt.refused_at_ms
+    assert refused.record_time.ToMilliseconds() == NOW_MS
+
+
+@pytest.mark.parametrize("method", ["ListRefusals", "CountRefusals"])
+def test_a_reason_that_is_none_is_refused_by_name(method):
+    service = RefusalService(refusals=Answering())
+    request = REFUSALS.methods_by_name[method].input_type._concrete_class(reason="TOO_EXPENSIVE")
+    _, details, code, message = call(service, REFUSALS, method, request)
+    assert (code, details["ErrorInfo"].reason) == (grpc.StatusCode.INVALID_ARGUMENT, "FIELD_INVALID")
+    assert message == "reason: expected a refusal's code, such as BUDGET_EXCEEDED"
 
 
 def test_an_unknown_fault_tells_nothing_but_where_the_log_has_it(caplog):

@@ -12,6 +12,7 @@ import pytest
 from budgetguard.adapters.prices import PriceBook
 from budgetguard.adapters.redis.client import CountersUnavailableError, RedisClient
 from budgetguard.adapters.redis.counters import Counters
+from budgetguard.adapters.redis.refusals import Refusals
 from budgetguard.core.api_key import format_api_key, hash_secret
 from budgetguard.core.catalog import Catalog, ProviderSpec
 from budgetguard.core.policy import PolicyDecision, PolicyFault, PolicyUnavailableError
@@ -27,6 +28,7 @@ from budgetguard.core.snapshot import (
     TenantSnapshot,
     WindowKind,
 )
+from ext_authz.attempts import RefusalLog
 from ext_authz.call import Admitted, IncomingCall, Refused
 from ext_authz.check import Checker
 from ext_authz.failures import CLOSED, POLICY_SKIPPED, Failure, Failures
@@ -74,6 +76,8 @@ class Bench:
         self.provider_keys = {"OPENAI_API_KEY": "sk-ours"}
         self.calls = 0
         self.large_bodies = LargeBodies()
+        self.recorded = Refusals(redis)
+        self.refusals = RefusalLog(self.recorded, source="p", now_ms=self.now_ms)
         self.checker = self.make()
 
     def make(self, *, counters=None, failures=CLOSED, now_ms=None, is_metered=lambda: True) -> Checker:
@@ -86,6 +90,7 @@ class Bench:
             now_ms=now_ms or self.now_ms,
             failures=Failures(failures),
             large_bodies=self.large_bodies,
+            refusals=self.refusals,
             is_metered=is_metered,
         )
 

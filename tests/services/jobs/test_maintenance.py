@@ -2,15 +2,20 @@ from prometheus_client import CollectorRegistry
 
 from budgetguard.adapters.postgres.journal import forget_request_ids
 from budgetguard.adapters.postgres.maintenance import MaintenanceRepository
+from budgetguard.adapters.postgres.refusals import RefusalRepository
+from budgetguard.core.attempts import RefusalFilter, RefusedCall
 from control_plane.jobs.expire_holds import ExpireHolds
 from control_plane.jobs.maintain_ledger import AlarmMetrics, MaintainLedger
+from tests.plugins.attempts import an_attempt
 from tests.plugins.usage_events import a_delivery, milliseconds
 from tests.services.jobs.conftest import now_ms
 
 
 async def test_partitions_are_made_ahead_and_rows_without_one_are_an_alarm(plane, database, owner, caplog):
     registry = CollectorRegistry()
-    job = MaintainLedger(MaintenanceRepository(database), plane.ledger, metrics=AlarmMetrics(registry))
+    job = MaintainLedger(
+        MaintenanceRepository(database), plane.ledger, RefusalRepository(database), metrics=AlarmMetrics(registry)
+    )
 
     def alarm(kind: str) -> float | None:
         return registry.get_sample_value("budgetguard_ledger_alarms", {"kind": kind})
@@ -33,6 +38,20 @@ async def test_partitions_are_made_ahead_and_rows_without_one_are_an_alarm(plane
     await owner.execute("SELECT rehome_ledger_default()")
     await job.run_once()
     assert (alarm("default_partition_rows"), alarm("blocked_partitions")) == (0, 0)
+
+
+async def test_old_refusals_are_dropped_in_parts(plane, database, caplog):
+    caplog.set_level("INFO")
+    refusals = RefusalRepository(database)
+    job = MaintainLedger(
+        MaintenanceRepository(database), plane.ledger, refusals, metrics=AlarmMetrics(CollectorRegistry())
+    )
+    old, young = an_attempt("old", refused_at_ms=now_ms() - 91 * 86_400_000), an_attempt("y", refused_at_ms=now_ms())
+    await refusals.record([(7, a.operation_id, RefusedCall(attempt=a, number=1)) for a in (old, young)], [])
+    assert await job.run_once(), "there may be more"
+    assert "refusals_forgotten=1" in caplog.text
+    assert not await job.run_once()
+    assert [row.attempt for row in (await refusals.list(RefusalFilter())).items] == [young]
 
 
 async def test_request_ids_are_forgotten_in_the_end(plane, database, owner):
