@@ -14,16 +14,8 @@ from budgetguard.core.entities import (
 from budgetguard.core.errors import FieldViolation, InvalidError
 from budgetguard.core.snapshot import Mode, SubjectKind, WindowKind
 from budgetguard.v1 import budget_pb2
-from control_plane.messages import (
-    EACHES_BACK,
-    MODES_BACK,
-    SUBJECT_FIELDS,
-    WINDOWS,
-    dollars,
-    duration_milliseconds,
-    instant,
-    named_fields,
-)
+from control_plane.fields import dollars, duration_milliseconds, instant, named_fields
+from control_plane.messages import EACHES_BACK, MODES_BACK, SUBJECT_FIELDS, WINDOWS
 
 # Everything that describes a budget has the same fields.
 Description: TypeAlias = budget_pb2.BudgetSpec | budget_pb2.CreateBudgetRequest

@@ -1,17 +1,11 @@
 """Between the messages of proto/ and the values of core: no decision is made here."""
 
-import re
-from collections.abc import Collection
-from datetime import UTC, date, datetime, timedelta, tzinfo
-
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from budgetguard.core import entities
-from budgetguard.core.errors import InvalidError
 from budgetguard.core.limits import carried_nanos, limit_nanos, topped_up_nanos
-from budgetguard.core.money import format_usd, parse_usd
+from budgetguard.core.money import format_usd
 from budgetguard.core.operation import End, OperationFacts
 from budgetguard.core.pricing import PriceOverride
 from budgetguard.core.snapshot import KeyStatus, Mode, Status, SubjectKind, WindowKind
@@ -21,11 +15,9 @@ from budgetguard.v1 import (
     api_key_pb2,
     budget_event_pb2,
     budget_pb2,
-    correction_pb2,
     price_pb2,
     provider_pb2,
     rate_limit_pb2,
-    refusal_pb2,
     session_pb2,
     tag_pb2,
     tenant_pb2,
@@ -105,79 +97,11 @@ GROUPS = {
     usage_pb2.SumUsageRequest.PROVIDER: entities.UsageGroup.PROVIDER,
 }
 
-_DATE = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_EXPECTED_INSTANT = "expected an ISO date (2026-01-31) or a time in RFC 3339 with its zone (2026-01-31T12:00:00Z)"
-
 
 def timestamp(milliseconds: int) -> Timestamp:
     """Spell Unix milliseconds as a Timestamp."""
     seconds, rest = divmod(milliseconds, 1000)
     return Timestamp(seconds=seconds, nanos=rest * 10**6)
-
-
-def milliseconds(moment: Timestamp, *, field: str) -> int:
-    """Read a Timestamp, down to whole milliseconds.
-
-    Raises:
-        InvalidError: outside the years 1 to 9999, or its nanos are not.
-    """
-    if not -62_135_596_800 <= moment.seconds < 253_402_300_800 or not 0 <= moment.nanos < 10**9:
-        raise InvalidError(field, "expected a time in the years 1 to 9999")
-    return moment.seconds * 1000 + moment.nanos // 10**6
-
-
-def instant(text: str, *, field: str, whole_day: bool = False, zone: tzinfo = UTC) -> int:
-    """Read an ISO date or an RFC 3339 time as Unix milliseconds. ``whole_day``: a date means its end, exclusive.
-
-    A date begins at midnight in ``zone``.
-
-    Raises:
-        InvalidError: it is neither.
-    """
-    try:
-        if _DATE.fullmatch(text):
-            day = date.fromisoformat(text) + timedelta(days=whole_day)
-            moment = datetime(day.year, day.month, day.day, tzinfo=zone).astimezone(UTC)
-        else:
-            moment = datetime.fromisoformat(text)
-        if moment.tzinfo is None:
-            raise ValueError(text)
-        return (moment - _EPOCH) // timedelta(milliseconds=1)
-    except (ValueError, OverflowError):
-        raise InvalidError(field, _EXPECTED_INSTANT) from None
-
-
-def instants_between(
-    request: usage_pb2.ListLedgerRowsRequest
-    | usage_pb2.SumUsageRequest
-    | correction_pb2.CorrectOperationsRequest
-    | refusal_pb2.ListRefusalsRequest
-    | refusal_pb2.CountRefusalsRequest,
-) -> tuple[int | None, int | None]:
-    """Read between which times a request asks; ``None`` where it does not say.
-
-    Raises:
-        InvalidError: one of them is none.
-    """
-    # "from" is a word of Python's own.
-    since = str(getattr(request, "from"))
-    return (
-        instant(since, field="from") if since else None,
-        instant(request.until, field="until") if request.until else None,
-    )
-
-
-def duration_milliseconds(duration: Duration, *, field: str) -> int:
-    """Read a Duration that is whole milliseconds.
-
-    Raises:
-        InvalidError: it is finer, or its parts do not belong together.
-    """
-    rest_ms, finer = divmod(duration.nanos, 10**6)
-    if finer or not 0 <= duration.nanos < 10**9:
-        raise InvalidError(field, "expected a duration of whole milliseconds")
-    return duration.seconds * 1000 + rest_ms
 
 
 def duration_of(milliseconds_: int) -> Duration:
@@ -189,45 +113,6 @@ def duration_of(milliseconds_: int) -> Duration:
 def instant_text(milliseconds_: int | None) -> str:
     """Spell Unix milliseconds in RFC 3339; empty for ``None``."""
     return "" if milliseconds_ is None else timestamp(milliseconds_).ToJsonString()
-
-
-def dollars(text: str, *, field: str) -> int:
-    """Read an amount in dollars into nanos, exactly.
-
-    Raises:
-        InvalidError: it is none.
-    """
-    try:
-        return parse_usd(text)
-    except ValueError as error:
-        raise InvalidError(field, str(error)) from None
-
-
-def etag_version(etag: str) -> int | None:
-    """Read an etag; ``None`` when none is given, -1 (which no version is) for what we never gave out."""
-    if not etag:
-        return None
-    text = etag.strip('"')
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else -1
-
-
-def named_fields(request: Message, allowed: Collection[str]) -> set[str]:
-    """Return which of the ``allowed`` fields an update sets: those of its mask, else those that are given.
-
-    Raises:
-        InvalidError: the mask names another field, or nothing is to be set.
-    """
-    paths: list[str] = list(request.update_mask.paths)  # type: ignore[attr-defined] # every update has one
-    given = {field.name for field, _ in request.ListFields()}
-    controls = {"etag", "request_id"}
-    named = set(paths) - controls if paths else given & set(allowed)
-    unknown = sorted(named - set(allowed))
-    expected = f"expected one or more of {', '.join(allowed)}"
-    if unknown:
-        raise InvalidError("update_mask", f"{expected}, got {unknown[0][:40]!r}")
-    if not named:
-        raise InvalidError("update_mask", f"{expected}, got none")
-    return named
 
 
 def tenant_message(tenant: entities.Tenant) -> tenant_pb2.Tenant:

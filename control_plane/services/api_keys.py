@@ -8,7 +8,8 @@ from budgetguard.core.api_key import format_api_key, hash_secret, parse_api_key
 from budgetguard.core.entities import ApiKey, ApiKeyChanges, Page
 from budgetguard.core.errors import InvalidError, NotPublishedError
 from budgetguard.v1 import api_key_pb2, api_key_pb2_grpc
-from control_plane.messages import api_key_message, etag_version, milliseconds, named_fields
+from control_plane.fields import etag_version, milliseconds, named_fields
+from control_plane.messages import api_key_message
 from control_plane.services import ACTOR
 
 logger = logging.getLogger(__name__)

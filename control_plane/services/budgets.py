@@ -13,7 +13,8 @@ from budgetguard.core.errors import InvalidError, NotFoundError
 from budgetguard.core.window import bounds
 from budgetguard.v1 import budget_pb2, budget_pb2_grpc
 from control_plane.budget_drafts import budget_changes, budget_draft, budget_drafts, names_a_day
-from control_plane.messages import budget_message, etag_version
+from control_plane.fields import etag_version
+from control_plane.messages import budget_message
 from control_plane.services import ACTOR
 
 logger = logging.getLogger(__name__)

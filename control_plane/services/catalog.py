@@ -12,7 +12,8 @@ from budgetguard.core.entities import Provider
 from budgetguard.core.errors import FieldViolation, InvalidError
 from budgetguard.core.pricing import UNITS, PriceOverride
 from budgetguard.v1 import price_pb2, price_pb2_grpc, provider_pb2, provider_pb2_grpc
-from control_plane.messages import instant, price_message, provider_message
+from control_plane.fields import instant
+from control_plane.messages import price_message, provider_message
 from control_plane.services import ACTOR
 
 KINDS = ("openai",)

@@ -7,7 +7,8 @@ from budgetguard.core.errors import InvalidError
 from budgetguard.core.money import format_usd
 from budgetguard.v1 import correction_pb2, correction_pb2_grpc
 from control_plane.corrections import Corrections
-from control_plane.messages import ENDS, ENDS_BACK, dollars, instants_between
+from control_plane.fields import dollars, instants_between
+from control_plane.messages import ENDS, ENDS_BACK
 from control_plane.services import ACTOR
 from control_plane.services.tenants import Tenants
 

@@ -7,7 +7,7 @@ from budgetguard.core.entities import Page
 from budgetguard.core.errors import InvalidError
 from budgetguard.core.reasons import Reason
 from budgetguard.v1 import refusal_pb2, refusal_pb2_grpc
-from control_plane.messages import instants_between
+from control_plane.fields import instants_between
 from control_plane.refusal_messages import REFUSAL_GROUPS, refusal_message
 
 

@@ -5,7 +5,8 @@ from typing import Any, Protocol
 from budgetguard.core.entities import Page, Tag, TagChanges, TagStatus
 from budgetguard.core.errors import InvalidError
 from budgetguard.v1 import tag_pb2, tag_pb2_grpc
-from control_plane.messages import TAG_STATUSES_BACK, etag_version, named_fields, tag_message
+from control_plane.fields import etag_version, named_fields
+from control_plane.messages import TAG_STATUSES_BACK, tag_message
 from control_plane.services import ACTOR
 
 

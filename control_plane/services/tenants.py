@@ -8,13 +8,8 @@ from budgetguard.core.api_key import TENANT_ID_PATTERN, tenant_id_from_name
 from budgetguard.core.entities import Page, Tenant, TenantChanges
 from budgetguard.core.errors import InvalidError
 from budgetguard.v1 import rate_limit_pb2, rate_limit_pb2_grpc, tenant_pb2, tenant_pb2_grpc
-from control_plane.messages import (
-    TENANT_STATUSES_BACK,
-    etag_version,
-    named_fields,
-    rate_limit_message,
-    tenant_message,
-)
+from control_plane.fields import etag_version, named_fields
+from control_plane.messages import TENANT_STATUSES_BACK, rate_limit_message, tenant_message
 from control_plane.services import ACTOR
 
 OUTPUT_TOKENS_MAX_DEFAULT = 4096

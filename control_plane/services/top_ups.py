@@ -6,7 +6,8 @@ from typing import Any, Protocol
 from budgetguard.core.entities import BudgetTopUp, Page, TopUpDraft
 from budgetguard.core.errors import InvalidError
 from budgetguard.v1 import top_up_pb2, top_up_pb2_grpc
-from control_plane.messages import dollars, milliseconds, top_up_message
+from control_plane.fields import dollars, milliseconds
+from control_plane.messages import top_up_message
 from control_plane.services import ACTOR
 
 

@@ -8,7 +8,8 @@ from budgetguard.core.entities import LedgerFilter, LedgerRow, Page, UsageGroup,
 from budgetguard.core.errors import InvalidError
 from budgetguard.core.money import format_usd
 from budgetguard.v1 import usage_pb2, usage_pb2_grpc
-from control_plane.messages import ENDS_BACK, GROUPS, hold_message, instants_between, ledger_message, sum_message
+from control_plane.fields import instants_between
+from control_plane.messages import ENDS_BACK, GROUPS, hold_message, ledger_message, sum_message
 from control_plane.services.tenants import Tenants
 
 

@@ -142,7 +142,7 @@ def test_spend_is_listed_and_summed_by_whose_it_is(new_tenant):
     for tag, parent in (("eng", ""), ("web", "eng")):
         made = tenant.http.post(f"/admin/tenant/{tenant.tenant_id}/tags", json={"tagId": tag, "parentId": parent})
         assert made.status_code == 200, made.text
-    for headers in ({"X-Tags": "web", "X-Session-Id": "s1"}, {"X-Tags": "eng", "X-User-Id": "jo"}, {}):
+    for headers in ({"X-Tags": "web", "X-Session-Id": "run 7"}, {"X-Tags": "eng", "X-User-Id": "jo"}, {}):
         body = {"model": "gpt-4o-mini", "max_tokens": 50, "messages": [{"role": "user", "content": "hi"}]}
         answer = httpx.post(f"{tenant.base_url}{PATH}", json=body, headers={**tenant.headers, **headers})
         assert answer.status_code == 200, answer.text
@@ -150,7 +150,7 @@ def test_spend_is_listed_and_summed_by_whose_it_is(new_tenant):
     for field, value, number in (
         ("tagId", "eng", 2),
         ("tagId", "web", 1),
-        ("sessionId", "s1", 1),
+        ("sessionId", "run 7", 1),  # spelled run+7 in the URL
         ("endUser", "jo", 1),
         ("providerId", "openai", 3),
         ("providerId", "other", 0),
@@ -160,7 +160,7 @@ def test_spend_is_listed_and_summed_by_whose_it_is(new_tenant):
     cost = sum(Decimal(row["amountUsd"]) for row in rows)
     for group, sums in (
         ("tag", {"": 1, "eng": 2, "web": 1}),
-        ("session", {"": 2, "s1": 1}),
+        ("session", {"": 2, "run 7": 1}),
         ("end_user", {"": 2, "jo": 1}),
         ("provider", {"openai": 3}),
     ):
