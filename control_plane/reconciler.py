@@ -25,6 +25,7 @@ from budgetguard.adapters.redis.reconciling import CounterBook, LiveHold
 from budgetguard.core.budget import subjects_of
 from budgetguard.core.counter import IDLE_KEPT_MS, counter_name, read_name, template_of
 from budgetguard.core.counting import Counter
+from budgetguard.core.events import entry_order
 from budgetguard.core.money import COUNTER_NANOS_MAX
 from budgetguard.core.snapshot import BudgetSpec, Status
 from budgetguard.core.window import Window, bounds
@@ -159,8 +160,13 @@ class Reconciler:
         return subjects
 
     async def _compare(self, tenant_id: str, dues: Sequence[_Due]) -> Comparison:
-        reading = await self._book.read(tenant_id, [due.name for due in dues])
         shard = shard_of(tenant_id)
+        # Read first, so that a stream which is whole is never behind it.
+        position = await self._sums.position(shard)
+        reading = await self._book.read(tenant_id, [due.name for due in dues])
+        if reading.generation and entry_order(reading.event_id) < position:
+            logger.error("alarm=stream_behind shard=%d event=%s: counters are not compared", shard, reading.event_id)
+            return Comparison(complete=False)
         if not reading.generation or not await self._is_drained(shard, reading.event_id):
             return Comparison(complete=False)
         older = {hold.facts.operation_id for due in dues for hold in due.older}

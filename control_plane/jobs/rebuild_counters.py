@@ -81,7 +81,7 @@ class RebuildCounters:
                     run_id,
                     len(behind),
                 )
-                await self._rebuild(behind)
+                await self._rebuild(behind, positions)
             for fault in await self._epoch.faults():
                 logger.error("alarm=redis_settings fault=%r", fault)
             # Before any call is admitted: what it may spend, and which keys are revoked.
@@ -104,7 +104,7 @@ class RebuildCounters:
             return True
         return entry_order(await self._epoch.stream_last_id(shard)) >= positions[shard]
 
-    async def _rebuild(self, shards: Sequence[int]) -> None:
+    async def _rebuild(self, shards: Sequence[int], positions: Mapping[int, tuple[int, int]]) -> None:
         for shard in shards:
             await self._epoch.begin_rebuild(shard)
         # From here on nothing is written to these streams: what is left in them goes to the ledger first.
@@ -117,6 +117,10 @@ class RebuildCounters:
                 if shard_of(tenant_id) in wanted:
                     by_shard[shard_of(tenant_id)] += await self._rebuild_tenant(tenant_id)
             after = page[-1][0]
+        # Last of all: until then a shard looks as lost as it is. From then on a sum of the ledger "up to an event" has
+        # all that the counters were just given.
+        for shard in shards:
+            await self._writer.events.continue_after(shard, positions[shard])
         for shard, written in sorted(by_shard.items()):
             logger.info("job=%s shard=%d counters=%d", self.name, shard, written)
 

@@ -74,6 +74,14 @@ class LedgerSums:
             )
         return {row["operation_id"] for row in rows}
 
+    async def position(self, shard: int) -> tuple[int, int]:
+        """Return the newest event that the ledger has of a shard, as (ms, sequence)."""
+        async with self._database.transaction() as connection:
+            row = await connection.fetchrow(
+                "SELECT stream_ms, stream_sequence FROM drain_positions WHERE shard = $1", shard
+            )
+        return (0, 0) if row is None else (row["stream_ms"], row["stream_sequence"])
+
     async def has_dead_events(self, shard: int) -> bool:
         """Whether events of a shard are in no row, so that its counters may rightly have more than the ledger."""
         async with self._database.transaction() as connection:
