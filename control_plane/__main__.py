@@ -228,7 +228,9 @@ class ControlPlane:
                 ),
                 ReconcileCounters(
                     budgets=self._budgets,
+                    tenants=self._tenants,
                     activity=LedgerActivity(self._database),
+                    refusals=self._refusals,
                     reconciler=self._reconciler(redis),
                     publisher=snapshots,
                 ),
@@ -302,7 +304,7 @@ class ControlPlane:
             CorrectionService(
                 corrections=Corrections(
                     ledger=LedgerReader(self._database),
-                    ledger_has_all=self._reconciler(self._redis).ledger_has_all,
+                    counting=self._reconciler(self._redis),
                     counters=self._counters,
                     audit=AuditTrail(self._database),
                     now_ms=now_ms,

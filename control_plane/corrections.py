@@ -1,7 +1,7 @@
 """Corrects what operations cost: by a settlement of the highest rank, so that counters and ledger move together."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Protocol
 
@@ -34,6 +34,14 @@ class Settling(Protocol):
     async def settle(self, settlement: Settlement, *, now_ms: int) -> Settled | NotReady: ...  # noqa: D102 - the class says it
 
 
+class Counting(Protocol):
+    """Brings counters to what the ledger says; see ``Reconciler``."""
+
+    async def ledger_has_all(self, tenant_id: str) -> bool: ...  # noqa: D102 - the class says it
+
+    async def follow(self, tenant_id: str) -> bool: ...  # noqa: D102 - the class says it
+
+
 class Audit(Protocol):
     """Writes down who changed what; see ``AuditTrail``."""
 
@@ -58,13 +66,13 @@ class Corrections:
         self,
         *,
         ledger: Ledger,
-        ledger_has_all: Callable[[str], Awaitable[bool]],
+        counting: Counting,
         counters: Settling,
         audit: Audit,
         now_ms: Callable[[], int],
     ) -> None:
         self._ledger = ledger
-        self._ledger_has_all = ledger_has_all
+        self._counting = counting
         self._counters = counters
         self._audit = audit
         self._now_ms = now_ms
@@ -95,7 +103,7 @@ class Corrections:
         )
         if not await self._correct(row, amount_nanos, reason):
             raise DependencyUnavailableError("the ledger (it is about to tell this operation's end otherwise)")
-        await self._wait_for_rows(row.tenant_id)
+        await self._follow(row.tenant_id)
         return row
 
     async def correct_all(
@@ -138,15 +146,18 @@ class Corrections:
         for start in range(0, len(rows), _CONCURRENT):
             part = rows[start : start + _CONCURRENT]
             done += await asyncio.gather(*(self._correct(row, amount_nanos, reason) for row in part))
-        await self._wait_for_rows(wanted.tenant_id)
+        await self._follow(wanted.tenant_id)
         # What became better known meanwhile stays as it is.
         rows = tuple(row for row, is_done in zip(rows, done, strict=True) if is_done)
         moved_nanos = sum(amount_nanos - row.amount_nanos for row in rows)
         return replace(corrected, before=rows, moved_nanos=moved_nanos)
 
-    async def _wait_for_rows(self, tenant_id: str) -> None:
-        if not await self._ledger_has_all(tenant_id):
+    async def _follow(self, tenant_id: str) -> None:
+        """Wait until the rows are there, and every counter has them: also one that is younger than the call."""
+        if not await self._counting.ledger_has_all(tenant_id):
             raise DependencyUnavailableError("the ledger (what was corrected is not in it yet)")
+        # Otherwise (the counters are being rebuilt, or compared by others all the time) the next comparison does it.
+        await self._counting.follow(tenant_id)
 
     async def _correct(self, row: LedgerRow, amount_nanos: int, reason: str) -> bool:
         """Correct what this row says; ``False``: another one stands now."""

@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 # How long a comparison waits for the ledger to have what Redis has; the drain takes a quarter of a second.
 DRAIN_SECONDS = 3.0
 _LOOK_EVERY_SECONDS = 0.02
+# How often counters are brought to a correction while others compare them.
+_FOLLOW_TIMES = 20
+_FOLLOW_EVERY_SECONDS = 0.05
 
 # Counters read in one step of Redis.
 CHUNK = 200
@@ -104,8 +107,10 @@ class Reconciler:
         self._now_ms = now_ms
         self._drain_seconds = drain_seconds
 
-    async def compare(self, tenant_id: str, *, seeding_only: bool = False) -> Comparison:
+    async def compare(self, tenant_id: str, *, seeding_only: bool = False, follows: bool = False) -> Comparison:
         """Compare and correct the counters of a tenant's budgets, by the snapshot that calls are decided by.
+
+        ``follows``: what differs has a reason that is known (see ``follow``), so it is no alarm.
 
         Incomplete when the counters are not ready, the ledger falls behind, or somebody else is comparing them.
 
@@ -126,13 +131,29 @@ class Reconciler:
             holds = await self._book.live_holds(tenant_id)
             dues = await self._dues(tenant_id, specs, holds)
             found = [
-                await self._compare(tenant_id, dues[start : start + CHUNK]) for start in range(0, len(dues), CHUNK)
+                await self._compare(tenant_id, dues[start : start + CHUNK], follows=follows)
+                for start in range(0, len(dues), CHUNK)
             ]
         return Comparison(
             complete=all(part.complete for part in found),
             waiting=any(part.waiting for part in found),
             drifted=sum(part.drifted for part in found),
         )
+
+    async def follow(self, tenant_id: str) -> bool:
+        """Bring a tenant's counters to rows that somebody has just posted: what differs is no drift.
+
+        A correction moves the counters that its call was counted in. One that was made since, or whose call Redis has
+        forgotten, hears of it here. ``False``: not now.
+
+        Raises:
+            DependencyUnavailableError, CountersUnavailableError: the next comparison does it.
+        """
+        for _ in range(_FOLLOW_TIMES):
+            if (await self.compare(tenant_id, follows=True)).complete:
+                return True
+            await asyncio.sleep(_FOLLOW_EVERY_SECONDS)
+        return False
 
     async def ledger_has_all(self, tenant_id: str) -> bool:
         """Wait until the ledger has every event that a tenant's shard has now; ``False``: it falls behind."""
@@ -159,7 +180,7 @@ class Reconciler:
             subjects |= {subject for subject, _ in recent}
         return subjects
 
-    async def _compare(self, tenant_id: str, dues: Sequence[_Due]) -> Comparison:
+    async def _compare(self, tenant_id: str, dues: Sequence[_Due], *, follows: bool) -> Comparison:
         shard = shard_of(tenant_id)
         # Read first, so that a stream which is whole is never behind it.
         position = await self._sums.position(shard)
@@ -187,7 +208,7 @@ class Reconciler:
             if not corrected:
                 return Comparison(complete=False)
             # A counter that is getting its past has not drifted.
-            if _moves(deltas) and not (due.spec.seeding or counter.seed or seed):
+            if _moves(deltas) and not (follows or due.spec.seeding or counter.seed or seed):
                 drifted += 1
                 await self._tell_drift(tenant_id, due, counter, deltas)
         return Comparison(complete=True, waiting=waiting, drifted=drifted)

@@ -1,4 +1,7 @@
-"""Compares counters with the ledger: at once where they lack their past, and now and then wherever money moves."""
+"""Compares counters with the ledger: at once where they lack their past, soon where money moves or is refused.
+
+Everybody else is looked at in turn, so that a counter which is wrong is not wrong until somebody spends.
+"""
 
 import logging
 import time
@@ -6,13 +9,21 @@ from collections.abc import Callable
 
 from budgetguard.adapters.postgres.budgets import BudgetRepository
 from budgetguard.adapters.postgres.ledger_activity import LedgerActivity
+from budgetguard.adapters.postgres.refusals import RefusalRepository
+from budgetguard.adapters.postgres.tenants import TenantRepository
+from budgetguard.core.reasons import Reason
 from control_plane.jobs.publish_snapshots import SnapshotPublisher
 from control_plane.reconciler import Reconciler
 
 logger = logging.getLogger(__name__)
 
-# Tenants with new ledger rows are compared this often.
+# Tenants with new ledger rows are compared this often, and those that were told that a budget is exhausted.
 COMPARE_EVERY_S = 60.0
+# A refusal is told by its minute, and reaches Postgres about a second later.
+REFUSED_WITHIN_S = COMPARE_EVERY_S + 120.0
+# All tenants in turn: so many at a look, and not more often than this.
+SWEEP_COUNT = 5
+SWEEP_EVERY_S = 600.0
 # The first look of a process: what an earlier one has left behind is of calls, and no call is longer.
 FIRST_LOOK_S = 25 * 3600
 
@@ -27,20 +38,29 @@ class ReconcileCounters:
         self,
         *,
         budgets: BudgetRepository,
+        tenants: TenantRepository,
         activity: LedgerActivity,
+        refusals: RefusalRepository,
         reconciler: Reconciler,
         publisher: SnapshotPublisher,
         clock: Callable[[], float] = time.monotonic,
         compare_every_s: float = COMPARE_EVERY_S,
+        sweep_every_s: float = SWEEP_EVERY_S,
     ) -> None:
         self._budgets = budgets
+        self._tenants = tenants
         self._activity = activity
+        self._refusals = refusals
         self._reconciler = reconciler
         self._publisher = publisher
         self._clock = clock
         self._compare_every_s = compare_every_s
         self._compared_at: float | None = None
         self._looked_until_ms: int | None = None
+        self._sweep_every_s = sweep_every_s
+        self._swept_at: float | None = None
+        # The tenant up to which this turn has come; ``None``: it is through.
+        self._swept_until: str | None = None
         # Tenants to compare again: calls that some counter does not count are under way, or the last look failed.
         self._again: set[str] = set()
 
@@ -57,7 +77,9 @@ class ReconcileCounters:
         if self._compared_at is None or now - self._compared_at >= self._compare_every_s:
             activity = await self._activity.since(self._looked_until_ms, first_look_s=FIRST_LOOK_S)
             self._again |= set(activity.oldest_held_ms)
+            self._again |= set(await self._refusals.tenants(Reason.BUDGET_EXCEEDED, within_s=REFUSED_WITHIN_S))
             self._looked_until_ms, self._compared_at = activity.until_ms, now
+        self._again |= await self._next_of_all(now)
         drifted = 0
         for tenant_id in sorted(self._again):
             comparison = await self._reconciler.compare(tenant_id)
@@ -67,3 +89,13 @@ class ReconcileCounters:
         if drifted:
             logger.warning("job=%s corrected=%d", self.name, drifted)
         return False
+
+    async def _next_of_all(self, now: float) -> set[str]:
+        """Take the next tenants of all; those after the last one are the first again, but not too soon."""
+        if self._swept_until is None:
+            if self._swept_at is not None and now - self._swept_at < self._sweep_every_s:
+                return set()
+            self._swept_at, self._swept_until = now, ""
+        page = await self._tenants.versions(after=self._swept_until, limit=SWEEP_COUNT)
+        self._swept_until = page[-1][0] if len(page) == SWEEP_COUNT else None
+        return {tenant_id for tenant_id, _ in page}

@@ -173,6 +173,19 @@ class RefusalRepository:
             )
         return int(total)
 
+    async def tenants(self, reason: Reason, *, within_s: float) -> tuple[str, ...]:
+        """List the tenants that had a call refused for this reason lately, by the minute that it was refused in."""
+        async with self._database.transaction() as connection:
+            rows = await connection.fetch(
+                """
+                SELECT DISTINCT tenant_id FROM refused_tallies
+                WHERE minute > now() - make_interval(secs => $1) AND reason = $2 ORDER BY tenant_id
+                """,
+                within_s,
+                reason.value,
+            )
+        return tuple(row["tenant_id"] for row in rows)
+
     async def forget(self) -> int:
         """Drop some of what is older than it is kept; answers how many went, 0 when nothing is left to drop."""
         async with self._database.transaction() as connection:

@@ -7,14 +7,20 @@ from dataclasses import replace
 import orjson
 import pytest
 
+from budgetguard.adapters.postgres.audit_trail import AuditTrail
 from budgetguard.adapters.postgres.ledger_activity import LedgerActivity
+from budgetguard.adapters.postgres.ledger_reader import LedgerReader
+from budgetguard.adapters.postgres.refusals import RefusalRepository
 from budgetguard.adapters.redis import keys
+from budgetguard.core.attempt_counts import Tally
 from budgetguard.core.budget import Refusal, Reserved
 from budgetguard.core.counter import counter_name
 from budgetguard.core.operation import End
+from budgetguard.core.reasons import Reason
 from budgetguard.core.snapshot import SubjectKind, WindowKind
 from budgetguard.core.window import bounds
-from control_plane.jobs.reconcile_counters import ReconcileCounters
+from control_plane.corrections import Corrections
+from control_plane.jobs.reconcile_counters import SWEEP_COUNT, ReconcileCounters
 from tests.plugins.redis_calls import a_reserve, a_settlement, the_handoff
 from tests.plugins.usage_events import a_delivery
 from tests.services.jobs.conftest import KEY_ID, now_ms
@@ -25,13 +31,15 @@ async def drain_all(plane):
         pass
 
 
-def the_job(plane) -> ReconcileCounters:
+def the_job(plane, **changes) -> ReconcileCounters:
     return ReconcileCounters(
         budgets=plane.budgets,
+        tenants=plane.tenants,
         activity=LedgerActivity(plane.database),
+        refusals=RefusalRepository(plane.database),
         reconciler=plane.reconciler,
         publisher=plane.publisher,
-        compare_every_s=0,
+        **{"compare_every_s": 0, **changes},
     )
 
 
@@ -169,6 +177,59 @@ async def test_drift_is_corrected_counted_and_written_down(plane, owner):
     assert (await plane.reconciler.compare("acme")).drifted == 0
 
 
+async def test_a_tenant_whose_calls_are_refused_is_looked_at_within_a_minute(plane):
+    """It makes no rows any more, so its wrong counter would refuse it for ever."""
+    await plane.make_tenant()
+    await plane.hold("op-1")
+    clock = [0.0]
+    job = the_job(plane, clock=lambda: clock[0], compare_every_s=60, sweep_every_s=10**9)
+    await job.run_once()
+    (name,) = await plane.redis.command("KEYS", "*:counter:*")
+    await plane.redis.command("HINCRBY", name, "spent", 10**9)
+    assert (await plane.hold("op-2")).kind is Refusal.BUDGET
+    clock[0] = 61.0
+    await job.run_once()
+    assert await plane.counted() == {"acme-month": (10**9, 100)}
+    minute_ms = now_ms() // 60_000 * 60_000
+    tally = Tally(tenant_id="acme", key_id=KEY_ID, reason=Reason.BUDGET_EXCEEDED, minute_ms=minute_ms, source="one")
+    await RefusalRepository(plane.database).record([], [(keys.shard_of("acme"), "name", (tally, 1))])
+    clock[0] = 122.0
+    await job.run_once()
+    assert await plane.counted() == {"acme-month": (0, 100)}
+
+
+async def test_tenants_that_nobody_calls_are_looked_at_in_turn(plane):
+    tenants = [f"tenant-{number}" for number in range(12)]
+    for number, tenant_id in enumerate(tenants):
+        await plane.make_tenant(tenant_id, key_id=f"{number:016}")
+        await plane.hold(f"op-{number}", tenant_id=tenant_id, key_id=f"{number:016}")
+    clock = [0.0]
+    job = the_job(plane, clock=lambda: clock[0], compare_every_s=10**9, sweep_every_s=600)
+    for _ in range(3):
+        await job.run_once()
+    for name in await plane.redis.command("KEYS", "*:counter:*"):
+        await plane.redis.command("HSET", name, "spent", 1000)
+
+    async def right() -> int:
+        return sum([(await plane.counted(tenant))[f"{tenant}-month"] == (0, 100) for tenant in tenants])
+
+    clock[0] = 599.0
+    await job.run_once()
+    assert await right() == 0
+    clock[0] = 600.0
+    await job.run_once()
+    assert await right() == SWEEP_COUNT
+    for _ in range(2):
+        await job.run_once()
+    assert await right() == 12
+    # The next turn begins when its time has come.
+    for name in await plane.redis.command("KEYS", "*:counter:*"):
+        await plane.redis.command("HSET", name, "spent", 1000)
+    clock[0] = 1199.0
+    await job.run_once()
+    assert await right() == 0
+
+
 async def test_what_may_be_usage_that_no_row_has_is_not_taken_from_a_counter(plane, owner):
     await plane.make_tenant()
     await plane.call("op-1", 60)
@@ -193,6 +254,36 @@ async def test_a_late_correction_of_what_redis_forgot_reaches_the_counters(plane
     assert await plane.in_ledger() == 10
     await plane.reconciler.compare("acme")
     assert await plane.counted() == {"acme-month": (10, 0)}
+
+
+async def test_a_budget_made_after_the_call_hears_of_its_correction_without_an_alarm(plane, owner):
+    await plane.make_tenant()
+    await plane.call("op-1", 700)
+    await plane.make_budget("younger", window=WindowKind.DAY)
+    await drain_all(plane)
+    await plane.publisher.publish("acme")
+    assert (await plane.counted())["younger"] == (700, 0)
+    corrections = Corrections(
+        ledger=LedgerReader(plane.database),
+        counting=plane.reconciler,
+        counters=plane.counters,
+        audit=AuditTrail(plane.database),
+        now_ms=now_ms,
+    )
+    draining = asyncio.create_task(drain_for_ever(plane))
+    try:
+        await corrections.correct_one("op-1", amount_nanos=50, reason="provider's invoice", actor="a")
+    finally:
+        draining.cancel()
+    assert await plane.counted() == {"acme-month": (50, 0), "younger": (50, 0)}
+    assert (await plane.reconciler.compare("acme")).drifted == 0
+    assert await audited(owner) == []
+
+
+async def drain_for_ever(plane):
+    while True:
+        await drain_all(plane)
+        await asyncio.sleep(0.01)
 
 
 async def test_counters_that_wait_for_their_rebuild_are_left_alone(plane):
