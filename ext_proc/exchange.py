@@ -10,6 +10,7 @@ from envoy.service.ext_proc.v3.external_processor_pb2 import HttpBody, HttpHeade
 from budgetguard.core.budget import Settlement
 from budgetguard.core.handoff import Handoff
 from budgetguard.core.metering import Origin, Seen, conclude, origin_of
+from budgetguard.core.operation import End
 from budgetguard.core.providers import DEFAULT_API, ProviderApi, ResponseReader, api_named
 from budgetguard.core.reasons import Deny, Reason
 from ext_proc import messages
@@ -227,24 +228,35 @@ class Exchange:
         if self._passing or reader is None:
             return messages.PASS_RESPONSE_BODY if self._top_ups is None else self._pass_on(data, end=end)
         passed = await self._feed(reader, data, end=end)
+        if self._top_ups is not None:
+            return await self._top_up(self._top_ups, reader, passed, end=end)
         if reader.complete and self._settling is None:
             # What is kept from the caller must be kept to the end of the stream.
             self._passing = not (self._streamed and self._must_hide())
             await self._settle_now()
-        if self._top_ups is not None:
-            return await self._top_up(self._top_ups, reader, passed, end=end)
         return messages.PASS_RESPONSE_BODY if passed == data else messages.replaced_response_body(passed)
 
     async def _top_up(self, top_ups: TopUps, reader: ResponseReader, passed: bytes, *, end: bool) -> bytes | None:
-        """Pass on what the hold pays for; end the stream when it does not."""
-        if self._settling is None:
-            closing = await top_ups.cover(reader.output_tokens_seen)
-            self._handoff = top_ups.handoff
-            if closing is not None:
-                self._closed = closing.detail
-                await self._settle_now()
-                return messages.streamed_response_body(reader.closing(closing.deny), end=True)
+        """Pass on what the hold pays for; end the stream when it does not, also when this piece has the usage."""
+        if self._settling is not None:
+            return self._pass_on(passed, end=end)
+        cost_nanos = self._cost_nanos(top_ups.handoff) if reader.complete else None
+        closing = await top_ups.cover(reader.output_tokens_seen, cost_nanos=cost_nanos)
+        self._handoff = top_ups.handoff
+        if closing is not None:
+            self._closed = closing.detail
+        elif reader.complete:
+            self._passing = not self._must_hide()
+        if closing is not None or reader.complete:
+            await self._settle_now()
+        if closing is not None:
+            return messages.streamed_response_body(reader.closing(closing.deny), end=True)
         return self._pass_on(passed, end=end)
+
+    def _cost_nanos(self, handoff: Handoff) -> int | None:
+        """What a call that is over has cost, if the provider has told."""
+        settlement = conclude(handoff, self._seen(handoff), ended_at_ms=self._now_ms())
+        return settlement.amount_nanos if settlement.end is End.CONFIRMED else None
 
     def _pass_on(self, data: bytes, *, end: bool) -> bytes | None:
         """Send the client what of a response that was taken over is its own: nothing, of half an event."""

@@ -50,12 +50,17 @@ class TopUps:
         allowance = self._allowance
         return replace(self._handoff, hold_nanos=allowance.hold_nanos, output_tokens_bound=allowance.output_tokens)
 
-    async def cover(self, counted: int) -> Closing | None:
-        """Hold more when the hold runs out; say why the stream must end when what is counted is not paid for."""
+    async def cover(self, counted: int, *, cost_nanos: int | None = None) -> Closing | None:
+        """Hold more when the hold runs out; say why the stream must end when what is counted is not paid for.
+
+        ``cost_nanos``: the provider has told what the whole answer costs, so that alone must be paid for.
+        """
+        if cost_nanos is not None:
+            return await self._cover_now(counted, cost_nanos) if cost_nanos > self._allowance.hold_nanos else None
         if not self._allowance.is_running_out(counted):
             return None
         if self._allowance.is_outgrown_by(counted):
-            return await self._cover_now(counted)
+            return await self._cover_now(counted, None)
         now = asyncio.get_running_loop().time()
         if now >= self._ask_ahead_at and not isinstance(
             await self._extend(self._allowance.topped_up(counted)), Extended
@@ -63,9 +68,12 @@ class TopUps:
             self._ask_ahead_at = now + ASK_AHEAD_AGAIN_SECONDS
         return None
 
-    async def _cover_now(self, counted: int) -> Closing | None:
-        answer = await self._insist(self._allowance.topped_up(counted))
-        if isinstance(answer, ExtensionRefused):
+    async def _cover_now(self, counted: int, cost_nanos: int | None) -> Closing | None:
+        grown = self._allowance.topped_up(counted)
+        if cost_nanos is not None:
+            grown = replace(grown, hold_nanos=cost_nanos)
+        answer = await self._insist(grown)
+        if isinstance(answer, ExtensionRefused) and cost_nanos is None:
             little = self._allowance.topped_up_within(answer.room_nanos, counted)
             if little is not None:
                 answer = await self._insist(little)
@@ -75,12 +83,11 @@ class TopUps:
         if not self._allowance.slices.overrun:
             logger.info("%s of %s", closing.detail, self._handoff.facts.operation_id)
             return closing
-        await self._run_on(counted, answer)
+        await self._run_on(grown, answer)
         return None
 
-    async def _run_on(self, counted: int, answer: Answer) -> None:
+    async def _run_on(self, grown: Allowance, answer: Answer) -> None:
         """Go beyond what fits, as the tenant wants it: held if that is possible, and charged in any case."""
-        grown = self._allowance.topped_up(counted)
         if isinstance(answer, ExtensionRefused):
             await self._extend(grown, force=True)
             self.remark = f"overrun: budget {answer.budget_id} is exhausted"

@@ -92,7 +92,7 @@ def conclude(handoff: Handoff, seen: Seen, *, ended_at_ms: int) -> Settlement:
     tier = _tier(handoff, seen)
     reported_nanos = None if seen.usage is None else handoff.rate_card.cost_nanos(seen.usage, tier=tier)
     if reported_nanos is not None and seen.complete and _covers(seen.usage, handoff):
-        end, amount_nanos, detail = End.CONFIRMED, reported_nanos, ""
+        end, amount_nanos, detail = End.CONFIRMED, reported_nanos, seen.closed
     elif reported_nanos is None and (proof := _proof_of_no_cost(seen)):
         end, amount_nanos, detail = End.RELEASED, 0, proof
     else:

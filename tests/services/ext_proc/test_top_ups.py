@@ -129,6 +129,45 @@ async def test_a_stream_whose_top_up_does_not_fit_ends_with_an_event_that_names_
     assert len(counters.ends) == 1
 
 
+async def test_what_comes_in_one_piece_with_its_usage_must_be_paid_for_as_well(stream, counters):
+    """A fast provider: more than the hold, its usage and its end, all at once. It is billed, but not passed on."""
+    await begin(stream, counters, limit_nanos=HOLD_NANOS)
+    await stream.response_body(chunk("~" * 300) + usage(200) + DONE, end=True)
+    assert stream.ended
+    assert b"~" not in stream.to_client
+    assert b"BUDGET_EXCEEDED" in stream.to_client
+    (event,) = counters.shard.events
+    assert (event.end, event.amount_nanos) == (End.CONFIRMED, 19 * 150 + 200 * 600)
+    assert event.detail == "stream closed: budget all is exhausted"
+    assert counters.counter.held == 0
+
+
+async def test_the_usage_says_what_such_a_piece_costs_not_the_count_of_its_bytes(stream, counters):
+    """Three hundred bytes were eighty tokens, and for just those there is room."""
+    cost_nanos = 19 * 150 + 80 * 600
+    assert cost_nanos > HOLD_NANOS
+    await begin(stream, counters, limit_nanos=cost_nanos)
+    await stream.response_body(chunk("~" * 300) + usage(80) + DONE, end=True)
+    assert stream.to_client.count(b"~") == 300
+    assert (counters.extends, counters.ends) == (1, [(End.CONFIRMED, cost_nanos)])
+
+
+async def test_what_its_hold_pays_for_passes_with_its_usage_without_another_trip(stream, counters):
+    await begin(stream, counters)
+    await stream.response_body(chunk("~" * 300) + usage(20) + DONE, end=True)
+    assert stream.to_client.count(b"~") == 300
+    assert (counters.extends, counters.ends) == (0, [(End.CONFIRMED, 19 * 150 + 20 * 600)])
+
+
+async def test_such_a_piece_runs_on_where_the_tenant_wants_it(stream, counters):
+    await begin(stream, counters, overrun=True, limit_nanos=HOLD_NANOS)
+    await stream.response_body(chunk("~" * 300) + usage(200) + DONE, end=True)
+    assert stream.to_client.count(b"~") == 300
+    (event,) = counters.shard.events
+    assert (event.end, event.amount_nanos) == (End.CONFIRMED, 19 * 150 + 200 * 600)
+    assert event.detail == "overrun: budget all is exhausted"
+
+
 async def test_the_last_little_that_is_left_is_written_too(stream, counters):
     await begin(stream, counters, limit_nanos=HOLD_NANOS + 20 * 600)
     assert await write(stream, tokens=200) == OUTPUT_BOUND + 20
