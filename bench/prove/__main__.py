@@ -13,6 +13,7 @@ from random import Random
 import uvloop
 
 from bench.prove import faults, report
+from bench.prove.afterwards import look_again
 from bench.prove.cell import Result, hold_of, prove_cell
 from bench.prove.cells import ROUTES, SUBJECTS, WINDOWS, cells, chosen, missing
 from bench.prove.load import Callers
@@ -81,13 +82,16 @@ def main() -> int:
     with running_system(ext_authz_processes=arguments.processes) as system:
         say(f"{arguments.processes} ext_authz processes, seed {arguments.seed}")
         results = uvloop.run(prove(system, arguments))
+        afterwards = uvloop.run(look_again(system, results)) if results else []
     failed = [result for result in results if result.faults]
     calls = sum(sum(result.statuses.values()) for result in results)
     say(f"\n{len(results)} rows, {calls} calls, {time.monotonic() - started:.0f} s: {len(failed)} rows failed")
     for result in failed:
         for said in result.faults:
             say(f"  {' / '.join(result.name)}: {said}")
-    return 1 if failed or not results else 0
+    for said in afterwards or ("nothing: no comparison with the ledger has changed a counter",):
+        say(f"  afterwards: {said}")
+    return 1 if failed or afterwards or not results else 0
 
 
 if __name__ == "__main__":

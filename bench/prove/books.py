@@ -93,6 +93,14 @@ class Books:
         members = self.redis.zrange(keys.leases(keys.shard_of(tenant_id)), 0, -1)
         return sum(keys.split_lease_member(member)[0] == tenant_id for member in members)
 
+    async def drifts(self) -> int:
+        """Count how often a comparison with the ledger has changed a counter."""
+        connection = await asyncpg.connect(self._database_url)
+        try:
+            return int(await connection.fetchval("SELECT count(*) FROM admin_audit WHERE kind = 'counter'"))
+        finally:
+            await connection.close()
+
     async def rows(self, tenant_id: str) -> list[Mapping[str, Any]]:
         """Read every ledger row of the tenant."""
         connection = await asyncpg.connect(self._database_url)

@@ -48,6 +48,7 @@ class Result:
     expired_allowed: bool = False
     seconds: float = 0.0
     faults: list[str] = field(default_factory=list)
+    tenant: Tenant | None = None
 
     def judge(self) -> "Result":
         """Say of each expectation that was not met what it was."""
@@ -180,7 +181,7 @@ async def let_leases_run_out(system: System) -> None:
 
 async def check_the_books(system: System, tenant: Tenant, outcomes: list[Outcome], result: Result) -> None:
     """Wait for the ledger and compare: what was refused, held, spent and booked."""
-    budgets = list(tenant.budgets)
+    result.tenant, budgets = tenant, list(tenant.budgets)
     answered = {one.operation_id for one in outcomes if one.status == 200}
     until = time.monotonic() + BOOKED_SECONDS
     system.wait_until_written()

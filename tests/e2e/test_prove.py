@@ -5,6 +5,7 @@ from random import Random
 
 import pytest
 
+from bench.prove.afterwards import look_again
 from bench.prove.books import CheckedBudget, Counted, difference_nanos
 from bench.prove.cell import Result, hold_of, prove_cell
 from bench.prove.cells import ROUTES, SUBJECTS, WINDOWS, diagonal
@@ -53,6 +54,18 @@ def test_and_after_a_fault_the_books_balance(system, holds, name):
         )
     )
     assert result.faults == [], result
+
+
+@pytest.mark.timeout(120)
+def test_and_what_was_rebuilt_stays(system, holds):
+    """A new process compares everything of the day: after a loss it must find what the rebuild wrote to be right."""
+    (fault,) = (fault for fault in faults_of(system) if fault.name == "redis FLUSHALL")
+    result = asyncio.run(
+        prove_fault(
+            *(system, fault), subjects=SUBJECTS, windows=WINDOWS, calls=100, hold_nanos=holds, random=Random(SEED)
+        )
+    )
+    assert asyncio.run(look_again(system, [result])) == []
 
 
 # --- The proof itself: each of its looks sees what is wrong.
