@@ -79,7 +79,7 @@ class TopUps:
                 answer = await self._insist(little)
         if isinstance(answer, Extended):
             return None
-        closing = _closing(answer)
+        closing = self._closing(answer)
         if not self._allowance.slices.overrun:
             logger.info("%s of %s", closing.detail, self._handoff.facts.operation_id)
             return closing
@@ -90,7 +90,7 @@ class TopUps:
         """Go beyond what fits, as the tenant wants it: held if that is possible, and charged in any case."""
         if isinstance(answer, ExtensionRefused):
             await self._extend(grown, force=True)
-            self.remark = f"overrun: budget {answer.budget_id} is exhausted"
+            self.remark = f"overrun: budget {answer.limit.budget_id} is exhausted"
         else:
             self.remark = self.remark or "overrun: no top-up"
         logger.warning("%s, %s runs on", self.remark, self._handoff.facts.operation_id)
@@ -125,10 +125,9 @@ class TopUps:
             self._allowance = wanted
         return answer
 
-
-def _closing(answer: Answer) -> Closing:
-    if isinstance(answer, ExtensionRefused):
-        return budget_exhausted(answer)
-    return counters_unavailable(
-        Reason.COUNTERS_UNAVAILABLE if isinstance(answer, CountersUnavailableError) else Reason.COUNTERS_NOT_READY
-    )
+    def _closing(self, answer: Answer) -> Closing:
+        if isinstance(answer, ExtensionRefused):
+            return budget_exhausted(answer, hold_nanos=self._allowance.hold_nanos)
+        return counters_unavailable(
+            Reason.COUNTERS_UNAVAILABLE if isinstance(answer, CountersUnavailableError) else Reason.COUNTERS_NOT_READY
+        )

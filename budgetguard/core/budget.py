@@ -52,6 +52,11 @@ class AppliedLimit:
     # Of a template: how many subjects may have counters at the same time.
     subjects_max: int | None = None
 
+    @property
+    def whose(self) -> str:
+        """Spell, as one line that a hold keeps, what it is a limit of."""
+        return f"{self.budget_id} {self.scope.value} {self.starts_at_ms} {self.subject}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reserve:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from budgetguard.core.counter import read_name
 from budgetguard.core.extension import ExtensionRefused
 from budgetguard.core.reasons import Deny, Reason
 from budgetguard.core.refusals import budget_facts
@@ -16,25 +15,31 @@ class Closing:
     detail: str
 
 
-def budget_exhausted(refused: ExtensionRefused) -> Closing:
-    """A budget has no room for more output."""
+def budget_exhausted(refused: ExtensionRefused, *, hold_nanos: int) -> Closing:
+    """A budget has no room for more output. ``hold_nanos`` is what the stream itself holds, and will have cost."""
+    limit = refused.limit
     facts = budget_facts(
-        budget_id=refused.budget_id,
-        limit=refused.limit_nanos,
+        budget_id=limit.budget_id,
+        scope=limit.scope,
+        subject=limit.subject,
+        limit=limit.limit_nanos,
         spent=refused.spent_nanos,
         held=refused.held_nanos,
         needed=refused.needed_nanos,
-        resets_at_ms=read_name(refused.counter).resets_at_ms,
+        starts_at_ms=limit.starts_at_ms,
+        resets_at_ms=refused.resets_at_ms,
+        retryable=refused.spent_nanos + hold_nanos + refused.needed_nanos <= limit.limit_nanos,
     )
+    whose = f" of {limit.subject}" if limit.subject else ""
     resets = f" It resets at {facts['resets_at']}." if facts["resets_at"] else ""
     deny = Deny(
         Reason.BUDGET_EXCEEDED,
-        f"Budget {refused.budget_id} is exhausted, so this stream was ended: limit ${facts['limit_usd']}, spent "
+        f"Budget {limit.budget_id}{whose} is exhausted, so this stream was ended: limit ${facts['limit_usd']}, spent "
         f"${facts['spent_usd']}, held ${facts['held_usd']} by calls under way, this one among them; to go on it needs "
         f"up to ${facts['needed_usd']} more.{resets}",
         facts=facts,
     )
-    return Closing(deny, f"stream closed: budget {refused.budget_id} is exhausted")
+    return Closing(deny, f"stream closed: budget {limit.budget_id} is exhausted")
 
 
 def counters_unavailable(reason: Reason) -> Closing:

@@ -3,14 +3,34 @@
 from dataclasses import dataclass
 
 from budgetguard.core.money import CALL_NANOS_MAX
+from budgetguard.core.snapshot import SubjectKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CounterLimit:
-    """What a counter may reach, as the budget said when the call was admitted: that moment decides."""
+    """What a counter may reach, as the budget said when the call was admitted: that moment decides.
+
+    ``scope`` and ``subject`` say whose it is, as in ``AppliedLimit``.
+    """
 
     limit_nanos: int
     budget_id: str
+    scope: SubjectKind = SubjectKind.TENANT
+    starts_at_ms: int = 0
+    subject: str = ""
+
+    @classmethod
+    def read(cls, limit_nanos: int, whose: str) -> "CounterLimit":
+        """Read what ``AppliedLimit.whose`` spelled."""
+        # A subject may have spaces, the others have none.
+        budget_id, scope, starts_at, subject = whose.split(" ", 3)
+        return cls(
+            limit_nanos=limit_nanos,
+            budget_id=budget_id,
+            scope=SubjectKind(scope),
+            starts_at_ms=int(starts_at),
+            subject=subject,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,12 +66,11 @@ class Extended:
 class ExtensionRefused:
     """The first budget that has no room for ``needed_nanos`` more. ``room_nanos`` is what every budget would let pass.
 
-    Nothing was written.
+    ``resets_at_ms``: when it has room again, if that is known. Nothing was written.
     """
 
-    budget_id: str
-    counter: str
-    limit_nanos: int
+    limit: CounterLimit
+    resets_at_ms: int | None
     spent_nanos: int
     held_nanos: int
     needed_nanos: int

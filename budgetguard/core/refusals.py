@@ -4,6 +4,7 @@ from budgetguard.core.budget import Refusal, ReserveRefused
 from budgetguard.core.moments import rfc3339
 from budgetguard.core.money import ceil_div, format_usd
 from budgetguard.core.reasons import Deny, Reason
+from budgetguard.core.snapshot import SubjectKind
 
 
 def deny_of(refused: ReserveRefused) -> Deny:
@@ -57,9 +58,19 @@ _REFUSED_AS = {
 
 
 def budget_facts(
-    *, budget_id: str | None, limit: int, spent: int, held: int, needed: int, resets_at_ms: int | None
+    *,
+    budget_id: str | None,
+    scope: SubjectKind | None,
+    subject: str,
+    limit: int,
+    spent: int,
+    held: int,
+    needed: int,
+    starts_at_ms: int | None,
+    resets_at_ms: int | None,
+    retryable: bool,
 ) -> dict[str, str | int | bool | None]:
-    """Spell the numbers of a budget, in nanos, that has no room for what is needed."""
+    """Spell a budget, whose it is and its numbers, in nanos, that has no room for what is needed."""
     return {
         "budget_id": budget_id,
         "limit_usd": format_usd(limit),
@@ -67,19 +78,26 @@ def budget_facts(
         "held_usd": format_usd(held),
         "needed_usd": format_usd(needed),
         "resets_at": None if resets_at_ms is None else rfc3339(resets_at_ms),
-        # Money that is only held comes back when those calls end, unless what is spent leaves no room for this one.
-        "retryable": spent + needed <= limit,
+        "retryable": retryable,
+        "subject_kind": "TENANT" if scope is None else scope.value,
+        "subject": subject,
+        "window_starts_at": None if starts_at_ms is None else rfc3339(starts_at_ms),
     }
 
 
 def _budget_exceeded(refused: ReserveRefused) -> Deny:
     facts = budget_facts(
         budget_id=refused.budget_id,
+        scope=refused.scope,
+        subject=refused.subject,
         limit=refused.limit,
         spent=refused.spent,
         held=refused.held,
         needed=refused.needed,
+        starts_at_ms=refused.starts_at_ms,
         resets_at_ms=refused.resets_at_ms,
+        # Money that is only held comes back when those calls end, unless what is spent leaves no room for this one.
+        retryable=refused.spent + refused.needed <= refused.limit,
     )
     whose = f" of {refused.subject}" if refused.subject else ""
     resets = f" It resets at {facts['resets_at']}." if facts["resets_at"] else ""
@@ -87,10 +105,5 @@ def _budget_exceeded(refused: ReserveRefused) -> Deny:
         Reason.BUDGET_EXCEEDED,
         f"Budget {refused.budget_id}{whose} is exhausted: limit ${facts['limit_usd']}, spent ${facts['spent_usd']}, "
         f"held ${facts['held_usd']} by calls under way; this call needs up to ${facts['needed_usd']}.{resets}",
-        facts={
-            **facts,
-            "subject_kind": "TENANT" if refused.scope is None else refused.scope.value,
-            "subject": refused.subject,
-            "window_starts_at": None if refused.starts_at_ms is None else rfc3339(refused.starts_at_ms),
-        },
+        facts=facts,
     )

@@ -72,7 +72,7 @@ def reserve(
         facts=request.facts,
         asked=request.asked,
         told=told,
-        limits=tuple(CounterLimit(limit_nanos=place.limit.limit, budget_id=place.limit.budget_id) for place in places),
+        limits=tuple(CounterLimit.read(place.limit.limit, place.limit.whose) for place in places),
     )
     shard.leases[operation_key] = request.now_ms + LEASE_MS
     return told

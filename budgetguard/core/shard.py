@@ -18,7 +18,7 @@ from budgetguard.core.budget import (
     outranks,
 )
 from budgetguard.core.counter import CounterName, Unit, read_name
-from budgetguard.core.counting import Counter, as_of, has_left, move, rewritten
+from budgetguard.core.counting import Counter, as_of, frees_at_ms, has_left, move, rewritten
 from budgetguard.core.events import UsageEvent
 from budgetguard.core.extension import CounterLimit, Extended, Extension, ExtensionRefused, NoHold
 from budgetguard.core.money import CALL_NANOS_MAX, COUNTER_NANOS_MAX
@@ -108,10 +108,10 @@ def extend(shard: Shard, extension: Extension, *, run_id: str) -> Extended | Ext
     }
     for index, left in lefts.items():
         if more_nanos > left:
+            frees_at = frees_at_ms(used[index], names[index], limit=limits[index], needed=more_nanos)
             return ExtensionRefused(
-                budget_id=operation.limits[index].budget_id,
-                counter=operation.counters[index],
-                limit_nanos=limits[index],
+                limit=replace(operation.limits[index], limit_nanos=limits[index]),
+                resets_at_ms=frees_at or names[index].resets_at_ms,
                 spent_nanos=used[index].spent,
                 held_nanos=used[index].held + used[index].seed,
                 needed_nanos=more_nanos,

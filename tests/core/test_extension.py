@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from budgetguard.core.budget import NotReady, Reserved
 from budgetguard.core.counting import Counter
-from budgetguard.core.extension import Extended, Extension, ExtensionRefused, NoHold
+from budgetguard.core.extension import CounterLimit, Extended, Extension, ExtensionRefused, NoHold
 from budgetguard.core.money import CALL_NANOS_MAX, COUNTER_NANOS_MAX
 from budgetguard.core.operation import LEASE_MS, End
 from budgetguard.core.reserving import reserve
@@ -65,9 +65,8 @@ def test_the_first_budget_without_room_is_named_with_its_numbers_and_nothing_gro
     hold(shard, a_budget("b0", 1000), a_budget("b1", 400), a_budget("b2", 300))
     shard.counters[B1].spent = 150
     assert grow(shard, 300) == ExtensionRefused(
-        budget_id="b1",
-        counter="b1:1:0:",
-        limit_nanos=400,
+        limit=CounterLimit(limit_nanos=400, budget_id="b1"),
+        resets_at_ms=None,
         spent_nanos=150,
         held_nanos=100,
         needed_nanos=200,
@@ -84,7 +83,7 @@ def test_admission_time_decides_the_limit():
     hold(shard, a_budget("b1", 1000))
     hold(shard, a_budget("b1", 200), operation_id="op-2", nanos=50)
     assert grow(shard, 300) == Extended(hold_nanos=300)
-    assert grow(shard, 51, operation_id="op-2").limit_nanos == 200
+    assert grow(shard, 51, operation_id="op-2").limit.limit_nanos == 200
 
 
 def test_an_observed_budget_refuses_nothing():

@@ -96,7 +96,7 @@ class Counters:
             request.input_tokens,
             request.choices,
             len(limits),
-            "\n".join(f"{limit.limit} {limit.budget_id}" for limit in limits),
+            "\n".join(f"{limit.limit} {limit.whose}" for limit in limits),
         ]
         template_keys: list[str] = []
         templates: list[Argument] = []

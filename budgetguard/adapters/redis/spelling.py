@@ -9,7 +9,7 @@ from budgetguard.core.budget import AppliedLimit, NotReady, Refusal, Reserve, Re
 from budgetguard.core.counter import CounterName, Unit, read_name, template_of
 from budgetguard.core.counting import Counter
 from budgetguard.core.events import split_counters
-from budgetguard.core.extension import Extended, ExtensionRefused, NoHold
+from budgetguard.core.extension import CounterLimit, Extended, ExtensionRefused, NoHold
 from budgetguard.core.reserving import no_more_subjects
 from budgetguard.core.snapshot import SubjectKind
 
@@ -131,11 +131,11 @@ def extend_answer(names: Sequence[str], reply: list[str]) -> Extended | Extensio
         return NoHold()
     if reply[0] == "NOT_READY":
         return NotReady()
-    _, position, budget_id, limit_nanos, spent_nanos, held_nanos, needed_nanos, room_nanos = reply
+    _, position, whose, limit_nanos, spent_nanos, held_nanos, needed_nanos, room_nanos, frees_with = reply
+    name = read_name(names[int(position) - 1])
     return ExtensionRefused(
-        budget_id=budget_id,
-        counter=names[int(position) - 1],
-        limit_nanos=int(limit_nanos),
+        limit=CounterLimit.read(int(limit_nanos), whose),
+        resets_at_ms=int(frees_with) * name.buckets.width_ms if frees_with and name.buckets else name.resets_at_ms,
         spent_nanos=int(spent_nanos),
         held_nanos=int(held_nanos),
         needed_nanos=int(needed_nanos),

@@ -8,10 +8,19 @@ import pytest
 from budgetguard.adapters.redis import keys
 from budgetguard.adapters.redis.counters import Counters
 from budgetguard.core.budget import NotReady, Reserved
-from budgetguard.core.extension import Extended, Extension, ExtensionRefused, NoHold
+from budgetguard.core.extension import CounterLimit, Extended, Extension, ExtensionRefused, NoHold
 from budgetguard.core.operation import End
-from budgetguard.core.snapshot import WindowKind
-from tests.plugins.redis_calls import a_budget, a_key, a_reserve, a_settlement, a_tenant, live_holds, the_handoff
+from budgetguard.core.snapshot import SubjectKind, WindowKind
+from tests.plugins.redis_calls import (
+    KEY_ID,
+    a_budget,
+    a_key,
+    a_reserve,
+    a_settlement,
+    a_tenant,
+    live_holds,
+    the_handoff,
+)
 
 B1 = "b1:1:0:"
 
@@ -110,9 +119,8 @@ async def test_a_refusal_names_the_budget_and_what_would_fit(counters):
     handoff = await admit(counters, limit_nanos=250)
     refused = await counters.extend(grown(handoff, 400))
     assert refused == ExtensionRefused(
-        budget_id="b1",
-        counter=B1,
-        limit_nanos=250,
+        limit=CounterLimit(limit_nanos=250, budget_id="b1"),
+        resets_at_ms=None,
         spent_nanos=0,
         held_nanos=100,
         needed_nanos=300,
@@ -121,6 +129,16 @@ async def test_a_refusal_names_the_budget_and_what_would_fit(counters):
     assert await counters.extend(grown(handoff, 100 + refused.room_nanos)) == Extended(hold_nanos=250)
     assert await counters.extend(grown(handoff, 400, force=True)) == Extended(hold_nanos=400)
     assert await counters.read_counters("acme", [B1]) == [(0, 400)]
+
+
+async def test_a_rolling_budget_says_when_it_has_room_again_and_whose_it_is(counters):
+    """A minute is sixty buckets and one: what was held in this one leaves when it is wholly past."""
+    whose = {"subject_kind": SubjectKind.API_KEY, "subject": KEY_ID, "window": WindowKind.ROLLING}
+    handoff = await admit(counters, limit_nanos=250, rolling_ms=60_000, **whose)
+    bucket = handoff.facts.held_at_ms // 1000
+    refused = await counters.extend(grown(handoff, 400))
+    assert (refused.limit.scope, refused.limit.subject) == (SubjectKind.API_KEY, KEY_ID)
+    assert refused.resets_at_ms == (bucket + 61) * 1000
 
 
 async def test_whoever_believes_in_other_counters_gets_the_right_ones(counters):

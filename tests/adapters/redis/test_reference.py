@@ -517,8 +517,8 @@ async def read_shard(redis: RedisClient) -> Shard:
 
 
 def read_limit(line) -> CounterLimit:
-    limit_nanos, _, budget_id = line.partition(" ")
-    return CounterLimit(limit_nanos=int(limit_nanos), budget_id=budget_id)
+    limit_nanos, _, whose = line.partition(" ")
+    return CounterLimit.read(int(limit_nanos), whose)
 
 
 def read_operation(values) -> Operation:

@@ -170,6 +170,30 @@ local function held_of(counter)
   return amount(normal(dollars + seed_dollars, nanos + seed_nanos))
 end
 
+-- The bucket with which a rolling counter has room for `needed`, if nothing else comes; nil for one that does not roll. Of
+-- the counter, what its limit leaves and the number of its buckets are known.
+local function frees_with(counter, needed)
+  if not counter.bucket then
+    return nil
+  end
+  local fields = {}
+  for bucket = counter.first, counter.last do
+    fields[#fields + 1], fields[#fields + 2] = 's' .. whole(bucket), 'h' .. whole(bucket)
+  end
+  local needed_dollars, needed_nanos = normal(0, needed)
+  local left_dollars, left_nanos = counter.left_dollars, counter.left_nanos
+  local leaving = counter.last
+  for index, text in ipairs(redis.call('HMGET', counter.key, unpack(fields))) do
+    local dollars, nanos = money(text)
+    left_dollars, left_nanos = normal(left_dollars + dollars, left_nanos + nanos)
+    if index % 2 == 0 and not exceeds(needed_dollars, needed_nanos, left_dollars, left_nanos) then
+      leaving = counter.first + index / 2 - 1
+      break
+    end
+  end
+  return leaving + counter.buckets
+end
+
 -- How much fits of what is to be added: a counter that would overflow stays at its end, where nothing more is admitted.
 -- Returns it, and what is spent then.
 local function fitting(spent, more)
@@ -242,7 +266,8 @@ local function read_counters(first, argument)
   for index = first, #KEYS do
     local at = argument + (index - first) * COUNTER_WIDTH
     local counter = {
-      key = KEYS[index], kept_until = ARGV[at], unit = ARGV[at + 1], spent = '0', held = '0', seed = '0', new = true,
+      key = KEYS[index], kept_until = ARGV[at], unit = ARGV[at + 1], buckets = tonumber(ARGV[at + 3]),
+      spent = '0', held = '0', seed = '0', new = true,
     }
     counters[#counters + 1] = read_counter(counter, ARGV[at + 2], tonumber(ARGV[at + 3]))
   end

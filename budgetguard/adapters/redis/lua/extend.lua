@@ -24,16 +24,17 @@ end
 
 local limits = {}
 for line in string.gmatch(known.limits, '[^\n]+') do
-  local limit, id = string.match(line, '^(%d+) (.*)$')
+  local limit, whose = string.match(line, '^(%d+) (.*)$')
   -- Forced, only the counter itself has an end.
-  limits[#limits + 1] = { nanos = ARGV[3] == '1' and COUNTER_NANOS_MAX or limit, id = id }
+  limits[#limits + 1] = { nanos = ARGV[3] == '1' and COUNTER_NANOS_MAX or limit, whose = whose }
 end
 
 -- The room that every budget leaves, as in reserve.lua. A limit of tokens paces what is admitted: it ends no stream.
 local counters, room, short = read_counters(3, 5), CALL_NANOS_MAX, nil
 for position, counter in ipairs(counters) do
   if counter.unit == NANOS and not counter.has_left then
-    local left = call_amount(left_of(counter, limits[position].nanos))
+    counter.left_dollars, counter.left_nanos = left_of(counter, limits[position].nanos)
+    local left = call_amount(counter.left_dollars, counter.left_nanos)
     room = math.min(room, left)
     if more > left and not short then
       short = position
@@ -42,8 +43,10 @@ for position, counter in ipairs(counters) do
 end
 if short then
   local limit, counter = limits[short], counters[short]
+  local bucket = frees_with(counter, more)
   return {
-    'BUDGET', whole(short), limit.id, limit.nanos, counter.spent, held_of(counter), whole(more), whole(room),
+    'BUDGET', whole(short), limit.whose, limit.nanos, counter.spent, held_of(counter), whole(more), whole(room),
+    bucket and whole(bucket) or '',
   }
 end
 local grows = { [NANOS] = more, [TOKENS] = math.max(tonumber(ARGV[4]) - tonumber(known.tokens), 0), [CALLS] = 0 }

@@ -8,7 +8,7 @@
 --       9 input nanos  10 whole hold  11 smallest hold  12 nanos a token  13 wanted tokens  14 fewest tokens
 --       15 share of what is left that the output may take at most (0: all of it)  16 lease member  17 lease until (ms)
 --       18 counter names  19 how far Redis' clock may be past now (ms)  20 input tokens  21 choices
---       22 number of counters  23 the limit and the budget id of each, as extend.lua reads them
+--       22 number of counters  23 the limit of each and whose it is, a line each, as extend.lua reads them
 --       24... for each: what read_counters takes, limit, '1' when enforced, budget id, '1' when it is kept longer with
 --       each use, milliseconds of a bucket
 --       then for each template: the number of its counter, subject, most subjects, since when one must have been seen (ms)
@@ -141,28 +141,6 @@ for number = 1, number_of_limits do
   limits[number] = limit
 end
 
-local function frees_at(limit, needed)
-  if not limit.bucket then
-    return ''
-  end
-  local fields = {}
-  for bucket = limit.first, limit.last do
-    fields[#fields + 1], fields[#fields + 2] = 's' .. whole(bucket), 'h' .. whole(bucket)
-  end
-  local needed_dollars, needed_nanos = normal(0, needed)
-  local left_dollars, left_nanos = limit.left_dollars, limit.left_nanos
-  local leaving = limit.last
-  for index, text in ipairs(redis.call('HMGET', limit.key, unpack(fields))) do
-    local dollars, nanos = money(text)
-    left_dollars, left_nanos = normal(left_dollars + dollars, left_nanos + nanos)
-    if index % 2 == 0 and not exceeds(needed_dollars, needed_nanos, left_dollars, left_nanos) then
-      leaving = limit.first + index / 2 - 1
-      break
-    end
-  end
-  return whole((leaving + limit.buckets) * limit.width)
-end
-
 local templates = {}
 for at = FIRST_LIMIT + number_of_limits * LIMIT_WIDTH, #ARGV, TEMPLATE_WIDTH do
   local template = {
@@ -217,7 +195,8 @@ local is_busy = limits[1] and limits[1].unit == CALLS and limits[1].room < 1
 if is_busy or hold > room or (room_tokens and hold_tokens > room_tokens) then
   for number, limit in ipairs(limits) do
     if limit.room < needs[limit.unit] then
-      return { 'NO_ROOM', whole(number), limit.spent, held_of(limit), frees_at(limit, needs[limit.unit]) }
+      local bucket = frees_with(limit, needs[limit.unit])
+      return { 'NO_ROOM', whole(number), limit.spent, held_of(limit), bucket and whole(bucket * limit.width) or '' }
     end
   end
 end
