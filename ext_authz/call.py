@@ -1,6 +1,6 @@
 """One call as ext_authz sees it: what Envoy sends, and what it is told. Translates messages, decides nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from google.rpc.code_pb2 import OK, PERMISSION_DENIED
 from google.rpc.status_pb2 import Status
 
 from budgetguard.core.budget import Reserved
+from budgetguard.core.context import SESSION_ID, SESSION_NAME, SESSION_PATH, TAGS, USER_ID
 from budgetguard.core.handoff import Handoff
 from budgetguard.core.money import format_usd
 from budgetguard.core.providers import ProviderApi
@@ -21,6 +22,20 @@ CLUSTER_HEADER = "x-budgetguard-cluster"
 
 _OK = Status(code=OK)
 _REFUSED = Status(code=PERMISSION_DENIED)
+
+# What a decision reads. Envoy tells no other (`allowed_headers` in envoy/edge.yaml).
+HEADERS_READ = (
+    "x-request-id",
+    "x-api-key",
+    "authorization",
+    "x-tenant-id",
+    "content-encoding",
+    TAGS,
+    SESSION_ID,
+    SESSION_NAME,
+    SESSION_PATH,
+    USER_ID,
+)
 
 # The client's own copies never reach a provider: they are ours, or say who is calling.
 _REMOVED = (
@@ -40,13 +55,19 @@ _REMOVED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IncomingCall:
-    """A client's call: header names in lower case, the path with its query, the whole body."""
+    """A client's call: header names in lower case, the path with its query, the whole body.
+
+    ``headers`` has those of ``HEADERS_READ`` that came. Of one that is ``not_utf8`` it has what could be read; the
+    values of one that was ``repeated`` are joined by commas.
+    """
 
     operation_id: str
     method: str
     path: str
     headers: Mapping[str, str]
     body: bytes
+    not_utf8: Collection[str] = ()
+    repeated: Collection[str] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,13 +93,28 @@ class Refused:
 def decode(request: CheckRequest) -> IncomingCall:
     """Read what Envoy sends about a call."""
     http: AttributeContext.HttpRequest = request.attributes.request.http
-    headers = dict(http.headers)
+    headers: dict[str, str] = {}
+    not_utf8, repeated = [], []
+    # As bytes, and each by itself: in strings Envoy writes "!" for what is no UTF-8, so that two users become one.
+    for header in http.header_map.headers:
+        name, value = header.key, header.raw_value
+        try:
+            text = value.decode()
+        except UnicodeDecodeError:
+            text = value.decode(errors="replace")
+            not_utf8.append(name)
+        if name in headers:
+            text = f"{headers[name]},{text}"
+            repeated.append(name)
+        headers[name] = text
     return IncomingCall(
         operation_id=headers.get("x-request-id", ""),
         method=http.method,
         path=http.path,
         headers=headers,
         body=http.raw_body or http.body.encode(),
+        not_utf8=not_utf8,
+        repeated=repeated,
     )
 
 

@@ -122,7 +122,7 @@ class Checker:
         if api is None:
             return refuse(Deny(Reason.ROUTE_UNKNOWN), call=call, api=DEFAULT_API)
         if not call.operation_id:
-            logger.error("no x-request-id: the edge must make one a call")
+            logger.error("no x-request-id: the edge must make one a call, and send raw headers")
             return refuse(Deny(Reason.INTERNAL), call=call, api=api)
         seen = Seen()
         seconds = CHECK_SECONDS + (LARGE_BODY_SECONDS if len(call.body) > LARGE_BODY_BYTES else 0.0)
@@ -193,7 +193,9 @@ class Checker:
         # Whoever knows the secret is known, also when the key is of no use any more.
         seen.key = None if deny and deny.reason is Reason.API_KEY_UNKNOWN else key
         if deny is None and tenant is not None and key is not None:
-            context = self._contexts.read(call.headers, tenant=tenant, key=key)
+            context = self._contexts.read(
+                call.headers, tenant=tenant, key=key, not_utf8=call.not_utf8, repeated=call.repeated
+            )
             seen.context = None if isinstance(context, Deny) else context
             if not isinstance(context, Deny):
                 return _Caller(tenant=tenant, key=key, context=context)

@@ -5,7 +5,7 @@ takes, so it must neither refuse a call nor begin to count against a budget unas
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from budgetguard.core.reasons import Deny, Reason
@@ -73,8 +73,23 @@ class Contexts:
         self._indexes: dict[str, _Index] = {}
         self._size = 0
 
-    def read(self, headers: Mapping[str, str], *, tenant: TenantSnapshot, key: KeySnapshot) -> CallContext | Deny:
-        """Make the context of a call; header names are in lower case. A refusal may come of records that are old."""
+    def read(
+        self,
+        headers: Mapping[str, str],
+        *,
+        tenant: TenantSnapshot,
+        key: KeySnapshot,
+        not_utf8: Collection[str] = (),
+        repeated: Collection[str] = (),
+    ) -> CallContext | Deny:
+        """Make the context of a call; header names are in lower case. A refusal may come of records that are old.
+
+        ``not_utf8`` names the headers whose bytes are no text, ``repeated`` those that came more than once. Taken for
+        some text all the same, they would name whom nobody meant, and one could spend the budget of another.
+        """
+        unreadable = _unreadable(not_utf8, repeated) if not_utf8 or repeated else None
+        if unreadable is not None:
+            return unreadable
         texts: dict[str, str] = {}
         for name in (SESSION_ID, SESSION_NAME, SESSION_PATH, USER_ID):
             text = headers.get(name)
@@ -144,6 +159,16 @@ class Contexts:
 def is_context_text(text: str) -> bool:
     """Whether a text may name a session or an end user, or tell of one: of any language, but bounded."""
     return len(text) <= TEXT_CHARS_MAX and not _CONTROL.search(text)
+
+
+def _unreadable(not_utf8: Collection[str], repeated: Collection[str]) -> Deny | None:
+    """Say which header tells nothing that can be relied on; ``None``: every one does."""
+    for name in _SPELLED:
+        if name in not_utf8:
+            return _invalid(name, "UTF-8, got bytes that are none")
+        if name in repeated and name != TAGS:
+            return _invalid(name, "it once, got it several times")
+    return None
 
 
 def _refused(tag: str, tree: TagTree, *, is_fixed: bool) -> Deny | None:

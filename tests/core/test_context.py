@@ -25,9 +25,9 @@ TENANT = TenantSnapshot(tenant_id="acme", version=1, tags=TREE, closed_sessions=
 KEY = KeySnapshot(tenant_id="acme", key_id="k", version=1, secret_sha256="0")
 
 
-def read(tenant=TENANT, key=KEY, **headers):
+def read(tenant=TENANT, key=KEY, not_utf8=(), repeated=(), **headers):
     names = {name.replace("_", "-"): value for name, value in headers.items()}
-    return Contexts().read(names, tenant=tenant, key=key)
+    return Contexts().read(names, tenant=tenant, key=key, not_utf8=not_utf8, repeated=repeated)
 
 
 def refused(answer) -> tuple[Reason, str]:
@@ -124,6 +124,20 @@ def test_what_is_malformed_is_refused_by_name(headers, named):
     assert message.startswith(f"{named}: expected ")
     assert answer.param == named
     assert len(message) < 300
+
+
+@pytest.mark.parametrize("name", ["X-Tags", "X-Session-Id", "X-Session-Name", "X-Session-Path", "X-User-Id"])
+def test_what_is_no_text_names_nobody(name):
+    answer = read(x_session_id="s", not_utf8=["authorization", name.lower()])
+    assert refused(answer) == (Reason.REQUEST_INVALID, f"{name}: expected UTF-8, got bytes that are none.")
+    assert answer.param == name
+
+
+def test_only_tags_may_be_told_in_several_headers():
+    assert read(x_tags="eng,prod", repeated=["x-tags", "cookie"]).tags == ("company", "eng", "prod")
+    answer = read(x_session_id="a,b", repeated=["x-session-id"])
+    assert refused(answer) == (Reason.REQUEST_INVALID, "X-Session-Id: expected it once, got it several times.")
+    assert answer.param == "X-Session-Id"
 
 
 def test_a_text_of_the_largest_size_passes():

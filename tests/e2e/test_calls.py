@@ -87,6 +87,18 @@ def test_nothing_of_the_caller_or_of_ours_reaches_the_provider(post, tenant):
     assert answer.headers["x-budgetguard-operation-id"] != "mine"
 
 
+def test_bytes_that_are_no_utf8_name_no_user(tenant, post):
+    """As some clients spell a header by default: read as text, both would have been one user."""
+    for user in ("jö", "jä"):
+        answer = post(headers={**tenant.headers, "X-User-Id": user.encode("latin-1")}, **CHAT)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (400, "REQUEST_INVALID", "X-User-Id")
+        assert error["message"].startswith("X-User-Id: expected UTF-8")
+    for user in ("jö", "j!"):
+        assert post(headers={**tenant.headers, "X-User-Id": user.encode()}, **CHAT).status_code == 200
+    assert {row["endUser"] for row in tenant.rows(at_least=2)} == {"jö", "j!"}
+
+
 def test_a_tenant_key_as_bearer_is_not_passed_on(post, tenant):
     headers = {"Authorization": f"Bearer {tenant.key}"}
     answer = post(headers=headers, **{**CHAT, "messages": directive(echo=True)})

@@ -13,10 +13,12 @@ import pytest
 from envoy.service.auth.v3.external_auth_pb2 import CheckResponse
 
 from budgetguard.core.reasons import TELLING, Reason
+from ext_authz.call import HEADERS_READ
 from tests.plugins.edge import CLUSTER, admit, header, refuse, running_edge
 
 PAID = ("/v1/chat/completions", "/v1/responses", "/v1/embeddings")
 MIB = 2**20
+FIRST = "request_headers"
 
 
 @pytest.fixture
@@ -86,10 +88,11 @@ def test_spellings_of_a_paid_path_are_that_path(bare_edge, path):
     assert bare_edge.provider.received[0].path == "/v1/chat/completions"
 
 
-def raw(edge, request: str) -> httpx.Response:
+def raw(edge, request: str | bytes) -> httpx.Response:
     """Send bytes that a client library would tidy first."""
+    request = request.encode() if isinstance(request, str) else request
     with socket.create_connection(("127.0.0.1", edge.settings.port), timeout=10) as connection:
-        connection.sendall(request.replace("\r\n\r\n", "\r\nconnection: close\r\n\r\n", 1).encode())
+        connection.sendall(request.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n", 1))
         text = b""
         while piece := connection.recv(65536):
             text += piece
@@ -113,17 +116,41 @@ def test_callers_cannot_set_what_is_ours(bare_edge, http):
     }
     for path in (*PAID, "/v1/files"):
         http.post(path, json={}, headers=ours)
-    assert len(bare_edge.authorization.seen) == len(PAID)
-    for check in bare_edge.authorization.seen:
-        headers = check.attributes.request.http.headers
-        assert [name for name in headers if name.startswith("x-budgetguard-")] == []
+    told = [request.request_headers.headers.headers for request in bare_edge.processor.seen if request.HasField(FIRST)]
+    assert len(told) == len(bare_edge.authorization.seen) == len(PAID)
+    for check, seen in zip(bare_edge.authorization.seen, told, strict=True):
+        headers = {header.key: header.raw_value.decode() for header in seen}
+        # ext_authz' own word, not the caller's.
+        assert {name: headers[name] for name in headers if name.startswith("x-budgetguard-")} == {
+            "x-budgetguard-cluster": CLUSTER
+        }
+        assert {name for name in headers if name.startswith("x-envoy-")} <= {"x-envoy-external-address"}
         assert headers["x-envoy-external-address"] == "127.0.0.1"
-        own = {"x-envoy-external-address", "x-envoy-auth-partial-body"}
-        assert {name for name in headers if name.startswith("x-envoy-")} <= own
         assert re.fullmatch(r"[0-9a-f-]{36}", headers["x-request-id"])
-    ids = {check.attributes.request.http.headers["x-request-id"] for check in bare_edge.authorization.seen}
-    assert len(ids) == len(PAID)
+        assert ("x-request-id", headers["x-request-id"].encode()) in headers_of(check)
+    assert len({operation_id(check) for check in bare_edge.authorization.seen}) == len(PAID)
     assert len(bare_edge.provider.received) == len(PAID)
+
+
+def headers_of(check) -> list[tuple[str, bytes]]:
+    return [(header.key, header.raw_value) for header in check.attributes.request.http.header_map.headers]
+
+
+def operation_id(check) -> bytes:
+    return dict(headers_of(check))["x-request-id"]
+
+
+def test_admission_is_told_what_it_reads_and_byte_by_byte(bare_edge):
+    read = [name for name in HEADERS_READ if name != "x-request-id"]
+    sent = [(name, f"{name}-\xf6".encode("latin-1")) for name in read]
+    sent += [("x-session-id", b"again"), ("x-tags", b"again"), ("cookie", b"secret"), ("user-agent", b"any")]
+    lines = b"".join(b"%s: %s\r\n" % (name.encode(), value) for name, value in sent)
+    answer = raw(bare_edge, b"POST /v1/responses HTTP/1.1\r\nhost: x\r\n" + lines + b"content-length: 2\r\n\r\n{}")
+    assert answer.status_code == 200
+    (check,) = bare_edge.authorization.seen
+    told = [pair for pair in headers_of(check) if pair[0] not in ("x-request-id", "x-envoy-auth-partial-body")]
+    assert sorted(told) == sorted(sent[:-2])
+    assert operation_id(check)
 
 
 def test_nothing_of_ours_or_of_the_callers_network_reaches_the_provider(bare_edge, http):
@@ -350,8 +377,7 @@ def test_the_access_log_explains_a_call_and_holds_no_key(bare_edge, http):
     entries = bare_edge.access_log(lines=2)
     assert "secret" not in json.dumps(entries)
     entry = entries[0]
-    asked = bare_edge.authorization.seen[0].attributes.request.http
-    assert entry["operation_id"] == asked.headers["x-request-id"]
+    assert entry["operation_id"].encode() == operation_id(bare_edge.authorization.seen[0])
     assert (entry["path"], entry["status"], entry["details"]) == (PAID[0], 200, "via_upstream")
     assert (entry["route"], entry["provider"], entry["tenant_id"]) == ("admitted", CLUSTER, "acme")
     assert entry["duration_ms"] >= 0

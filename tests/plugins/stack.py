@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from budgetguard.cli.local.parts import free_port
 from budgetguard.cli.local.stack import Stack, StackSettings
 
 READY_SECONDS = 60
@@ -23,7 +24,8 @@ class RunningStack:
     def __init__(self, home: Path, variables: Mapping[str, str] | None = None) -> None:
         self.said: list[str] = []
         environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
-        environment |= {"BUDGETGUARD_HOME": str(home), "PORT": "0", **(variables or {})}
+        environment |= {"BUDGETGUARD_HOME": str(home), "PORT": "0", "METRICS_PORT": str(free_port())}
+        environment |= variables or {}
         self.stack = Stack(StackSettings.from_environment(environment), say=self.said.append)
         self._stopping = threading.Event()
         self._hurry = threading.Event()

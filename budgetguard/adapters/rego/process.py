@@ -17,7 +17,8 @@ import orjson
 from budgetguard.adapters.rego.engine import RegoEngine
 from budgetguard.core.policy import PolicyFault, PolicyLoadError, PolicyUnavailableError
 
-# What the parent has not ended by then has no parent any more: the alarm's default action ends the process.
+# What the parent has not ended by then has no parent any more: the alarm's default action ends the process. It runs
+# while there is work, never while the process waits for a question.
 COMPILE_SECONDS_MAX = 20
 EVALUATE_SECONDS_MAX = 1
 ANSWER_BYTES_MAX = 64 * 1024
@@ -34,13 +35,14 @@ def main(connection: socket.socket) -> None:
         except PolicyLoadError as error:
             connection.sendall(orjson.dumps({"refusal": str(error)}) + b"\n")
             return
+        signal.alarm(0)
         fields_read = None if engine.fields_read is None else sorted(engine.fields_read)
         connection.sendall(orjson.dumps({"fields_read": fields_read}) + b"\n")
         for line in lines:
             signal.alarm(EVALUATE_SECONDS_MAX)
             answer = _answer(engine, orjson.loads(line))
-            connection.sendall(answer + b"\n")
             signal.alarm(0)
+            connection.sendall(answer + b"\n")
 
 
 def _answer(engine: RegoEngine, document: Any) -> bytes:

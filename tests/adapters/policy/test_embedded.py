@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import uvloop
@@ -164,6 +166,35 @@ async def test_a_process_that_hangs_is_killed_and_replaced():
         assert hanging not in policy._engines
     finally:
         await policy.close()
+
+
+# A parent that looks at its engine's alarm: before the policies are there, after they are compiled, after an answer.
+WATCHED = """
+import json, signal, socket, threading
+from budgetguard.adapters.rego import process
+
+def seconds_left():
+    return signal.getitimer(signal.ITIMER_REAL)[0]
+
+def parent(connection):
+    with connection, connection.makefile("rwb") as lines:
+        while not seconds_left():
+            pass
+        print("armed")
+        for document in ({"own.rego": "package budgetguard\\ndecision := input.a\\n"}, {"a": 1}):
+            lines.write(json.dumps(document).encode() + b"\\n")
+            lines.flush()
+            print(lines.readline().decode().strip(), seconds_left())
+
+ours, theirs = socket.socketpair()
+threading.Thread(target=parent, args=(ours,)).start()
+process.main(theirs)
+"""
+
+
+def test_a_process_that_waits_for_a_question_has_no_alarm_that_could_end_it():
+    run = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True, timeout=60)
+    assert run.stdout.splitlines() == ["armed", '{"fields_read":["a"]} 0.0', '{"result":1} 0.0'], run.stderr
 
 
 async def test_calls_behind_a_hanging_one_are_decided_by_the_other_process():

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import grpc
 import pytest
+from envoy_data_plane.envoy.config.core.v3 import HeaderMap, HeaderValue
 from envoy_data_plane.envoy.service.auth.v3 import (
     AttributeContext,
     AttributeContextHttpRequest,
@@ -14,11 +15,13 @@ from envoy_data_plane.envoy.service.auth.v3 import (
     CheckRequest,
     CheckResponse,
 )
+from prometheus_client import REGISTRY
 
 from budgetguard.adapters.grpc_wire.call import StatusCode
 from budgetguard.adapters.grpc_wire.server import WireServer
 from budgetguard.adapters.redis.counters import Counters
 from budgetguard.core.handoff import Handoff
+from budgetguard.core.snapshot import TagSpec
 from ext_authz import check
 from ext_authz.service import CHECK, AuthorizationService
 from tests.adapters.grpc_wire.frames import RST_STREAM, frame, u32
@@ -47,9 +50,11 @@ async def serve():
             await server.stop()
 
 
-def check_request(body=BODY, **changes):
-    headers = {"x-request-id": "op-1", "x-api-key": KEY, "content-type": "application/json"}
-    call = {"method": "POST", "path": "/v1/chat/completions", "headers": headers} | changes
+def check_request(*headers, body=BODY, **changes):
+    """Ask as Envoy does; ``headers`` are pairs of a name and bytes."""
+    sent = (("x-request-id", b"op-1"), ("x-api-key", KEY.encode()), *headers)
+    header_map = HeaderMap(headers=[HeaderValue(key=name, raw_value=value) for name, value in sent])
+    call = {"method": "POST", "path": "/v1/chat/completions", "header_map": header_map} | changes
     http = AttributeContextHttpRequest(raw_body=json.dumps(body).encode(), **call)
     return CheckRequest(attributes=AttributeContext(request=AttributeContextRequest(http=http)))
 
@@ -62,7 +67,13 @@ def names(options):
     return {option.header.key: option.header.value for option in options}
 
 
+def decided(reason):
+    """How many decisions Prometheus is told of."""
+    return REGISTRY.get_sample_value("budgetguard_admission_decisions_total", {"reason": reason})
+
+
 async def test_an_admitted_call(bench, serve):
+    counted = decided("ADMITTED")
     server = await serve(bench.checker)
     async with grpc.aio.insecure_channel(server.address) as channel:
         answer = await stub(channel)(check_request())
@@ -82,12 +93,14 @@ async def test_an_admitted_call(bench, serve):
     handoff = Handoff.from_metadata({key: value.string_value for key, value in answer.dynamic_metadata.fields.items()})
     assert (handoff.facts.operation_id, handoff.facts.tenant_id) == ("op-1", "acme")
     assert await bench.held() == (1, handoff.hold_nanos)
+    assert decided("ADMITTED") == counted + 1
     # What Envoy hands on ends the very hold that the answer told of.
     await bench.counters.release(handoff, now_ms=bench.now_ms(), ended_at_ms=0, status=0, detail="")
     assert await bench.held() == (0, 0)
 
 
 async def test_a_refusal(bench, serve):
+    counted = decided("BUDGET_EXCEEDED"), decided("ROUTE_UNKNOWN"), decided("ADMITTED")
     await bench.counters.publish_tenant(replace(TENANT, version=2, budgets=(budget(1),)))
     server = await serve(bench.checker)
     async with grpc.aio.insecure_channel(server.address) as channel:
@@ -102,6 +115,7 @@ async def test_a_refusal(bench, serve):
     assert (headers["x-budgetguard-reason"], headers["x-budgetguard-operation-id"]) == ("BUDGET_EXCEEDED", "op-1")
     assert unknown.denied_response.status.code == 404
     assert await bench.held() == (0, 0)
+    assert (decided("BUDGET_EXCEEDED") - 1, decided("ROUTE_UNKNOWN") - 1, decided("ADMITTED")) == counted
 
 
 class PatientCounters(Counters):
@@ -117,6 +131,48 @@ class PatientCounters(Counters):
         self.reserved.set()
         await self.gate.wait()
         return answer
+
+
+async def told_of(server, *headers):
+    """Return the facts that an admitted call is held by, or the error that a refused one gets."""
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        answer = await stub(channel)(check_request(*headers))
+    if answer.denied_response is not None:
+        assert answer.denied_response.status.code == 400
+        return json.loads(answer.denied_response.body)["error"]
+    fields = answer.dynamic_metadata.fields.items()
+    return Handoff.from_metadata({key: value.string_value for key, value in fields}).facts
+
+
+@pytest.mark.parametrize("name", ["X-Tags", "X-Session-Id", "X-Session-Name", "X-Session-Path", "X-User-Id"])
+async def test_a_header_that_is_no_utf8_names_nobody(bench, serve, name):
+    """Read as some text, two users (here: in Latin-1) would be one, and spend each other's budget."""
+    session = () if name == "X-Session-Id" else (("x-session-id", b"s"),)
+    error = await told_of(await serve(bench.checker), *session, (name.lower(), "jö".encode("latin-1")))
+    assert (error["code"], error["param"]) == ("REQUEST_INVALID", name)
+    assert error["message"].startswith(f"{name}: expected UTF-8")
+    assert await bench.held() == (0, 0)
+
+
+@pytest.mark.parametrize("user", ["jö", "j!", "李"])
+async def test_other_languages_and_exclamation_marks_are_ids(bench, serve, user):
+    assert (await told_of(await serve(bench.checker), ("x-user-id", user.encode()))).end_user == user
+
+
+@pytest.mark.parametrize("name", ["X-Session-Id", "X-Session-Name", "X-Session-Path", "X-User-Id"])
+async def test_a_header_with_one_value_may_not_come_twice(bench, serve, name):
+    session = () if name == "X-Session-Id" else (("x-session-id", b"s"),)
+    error = await told_of(await serve(bench.checker), *session, (name.lower(), b"a"), (name.lower(), b"b"))
+    assert (error["code"], error["param"]) == ("REQUEST_INVALID", name)
+    assert error["message"] == f"{name}: expected it once, got it several times."
+    assert await bench.held() == (0, 0)
+
+
+async def test_tags_may_come_in_several_headers(bench, serve):
+    tags = tuple(TagSpec(tag_id=tag) for tag in ("a", "b", "c"))
+    await bench.counters.publish_tenant(replace(TENANT, version=2, tags=tags))
+    facts = await told_of(await serve(bench.checker), ("x-tags", b"c, a"), ("x-tags", b"b"))
+    assert facts.tags == ("a", "b", "c")
 
 
 async def test_a_client_that_gives_up_while_redis_is_slow(bench, serve, monkeypatch):
