@@ -71,6 +71,7 @@ class Handoff:
             "end_user": facts.end_user,
             "session_name": facts.session_name,
             "session_path": facts.session_path,
+            "priced_model": facts.priced_model,
             "counters": self.counters,
             "hold_nanos": self.hold_nanos,
             "input_tokens_bound": self.input_tokens_bound,
@@ -116,6 +117,8 @@ class Handoff:
                     end_user=_typed(call, "end_user", str),
                     session_name=_typed(call, "session_name", str),
                     session_path=_typed(call, "session_path", str),
+                    # A call that was admitted before this was told goes on.
+                    priced_model=_typed(call, "priced_model", str) if "priced_model" in call else "",
                 ),
                 counters=tuple(_typed(call, "counters", list)),
                 hold_nanos=_typed(call, "hold_nanos", int),
