@@ -263,6 +263,7 @@ class Checker:
             service_tier=plan.service_tier,
             inject_usage=request.wants_usage_injection,
             slices=plan.slices,
+            search_nanos=plan.search_nanos,
         )
         # From here on the hold may exist, whatever we hear of it.
         reserving.append(handoff)

@@ -14,7 +14,7 @@ COUNTERS = st.lists(st.from_regex(r"[a-z0-9:-]{1,20}", fullmatch=True), max_size
 
 WHOSE = ("tags", "session_id", "end_user", "session_name", "session_path", "priced_model")
 # What the handoffs of an older release do not have.
-LATER = ("priced_model",)
+LATER = ("priced_model", "search_nanos")
 
 
 def handoff(**changes) -> Handoff:
@@ -65,7 +65,7 @@ def test_a_handoff_survives_its_journey(counters, clamped, inject, stream, slice
 
 @given(st.tuples(st.lists(st.text(max_size=9), max_size=3).map(tuple), *[st.text(max_size=9)] * 5))
 def test_whose_spend_a_call_is_survives_it_too(told):
-    sent = handoff(**dict(zip(WHOSE, told, strict=True)))
+    sent = handoff(**dict(zip(WHOSE, told, strict=True)), search_nanos=5)
     assert Handoff.from_metadata(sent.to_metadata()) == sent
 
 
