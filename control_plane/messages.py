@@ -347,6 +347,7 @@ def ledger_message(row: entities.LedgerRow) -> usage_pb2.LedgerRow:
         tags=row.tags,
         session_id=row.session_id,
         end_user=row.end_user,
+        priced_model=row.priced_model,
     )
 
 

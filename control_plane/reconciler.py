@@ -22,7 +22,7 @@ from budgetguard.adapters.redis.counters import Counters
 from budgetguard.adapters.redis.events import UsageEvents
 from budgetguard.adapters.redis.keys import shard_of
 from budgetguard.adapters.redis.reconciling import CounterBook, LiveHold
-from budgetguard.core.budget import subjects_of
+from budgetguard.core.budget import counted_subjects
 from budgetguard.core.counter import IDLE_KEPT_MS, counter_name, read_name, template_of
 from budgetguard.core.counting import Counter
 from budgetguard.core.events import entry_order
@@ -167,7 +167,7 @@ class Reconciler:
                 subjects = {""}
                 if spec.each:
                     subjects = await self._subjects(tenant_id, spec, window)
-                    subjects |= {s for hold in holds for s in subjects_of(hold.facts)[spec.subject_kind]}
+                    subjects |= {s for hold in holds for s in counted_subjects(spec, hold.facts)}
                 dues += [_due(spec, window, subject, holds) for subject in sorted(subjects)]
         return dues
 
@@ -276,7 +276,6 @@ def counted(spent: Mapping[int | None, int]) -> int | dict[int, int]:
 def _due(spec: BudgetSpec, window: Window, subject: str, holds: Sequence[LiveHold]) -> _Due:
     name = counter_name(spec, window, subject)
     due = _Due(spec, window, subject, name)
-    whose = subject if spec.each else spec.subject
     key = read_name(name).key
     for hold in holds:
         facts = hold.facts
@@ -284,7 +283,7 @@ def _due(spec: BudgetSpec, window: Window, subject: str, holds: Sequence[LiveHol
         is_in_window = window.starts_at_ms <= facts.held_at_ms and (ends_at_ms is None or facts.held_at_ms < ends_at_ms)
         if (
             is_in_window
-            and whose in subjects_of(facts)[spec.subject_kind]
+            and subject in counted_subjects(spec, facts)
             and key not in {read_name(counter).key for counter in hold.counters}
         ):
             due.older.append(hold)

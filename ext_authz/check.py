@@ -249,7 +249,7 @@ class Checker:
             context=caller.context,
             api=route.api.name,
             provider_id=provider_id,
-            price_version=priced.rate_card.version,
+            priced=priced,
             now_ms=now_ms,
         )
         denied = await self._ask_policy(call, facts, plan)
@@ -265,6 +265,7 @@ class Checker:
             service_tier=plan.service_tier,
             inject_usage=request.wants_usage_injection,
             slices=plan.slices,
+            search_nanos=plan.search_nanos,
         )
         # From here on the hold may exist, whatever we hear of it.
         reserving.append(handoff)
@@ -279,6 +280,7 @@ class Checker:
             key_id=facts.key_id,
             route=facts.api,
             model=facts.model,
+            priced_model=facts.priced_model,
             stream=facts.stream,
             estimate_usd=format_usd(plan.hold_nanos),
             estimate_nanos=plan.hold_nanos,

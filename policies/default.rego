@@ -5,7 +5,7 @@
 #   package budgetguard
 #
 #   deny contains "gpt-4 is for production keys" if {
-#     startswith(input.model, "gpt-4")
+#     startswith(input.priced_model, "gpt-4")
 #     not "prod" in input.tags
 #   }
 #
@@ -15,7 +15,8 @@
 #     "tenant_id": "acme",
 #     "key_id": "k3j9x0a1b2c3d4e5",
 #     "route": "openai.chat",
-#     "model": "gpt-4o-mini",
+#     "model": "gpt-4o-mini-2024-07-18", # as it was sent
+#     "priced_model": "gpt-4o-mini", # whose price it is charged by: one for all spellings of a model
 #     "stream": false,
 #     "estimate_usd": "0.00123",
 #     "estimate_nanos": 1230000,

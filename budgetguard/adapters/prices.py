@@ -12,6 +12,7 @@ from budgetguard.core.pricing import (
     PriceUnknownError,
     load_shipped_prices,
     shipped_context_window,
+    shipped_model,
     shipped_rate_card,
 )
 
@@ -75,6 +76,7 @@ class PriceBook:
         except PriceUnknownError:
             context_window = None
         return PricedModel(
+            model=override.model if override else shipped_model(provider_id=provider_id, model=model),
             rate_card=override.rate_card()
             if override
             else shipped_rate_card(provider_id=provider_id, model=model, at=at),

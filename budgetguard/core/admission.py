@@ -29,7 +29,8 @@ class HoldPlan:
     ``output_femtos`` is the price of one such token of every choice. When that does not fit, the bound may be lowered
     down to ``output_tokens_min`` (equal to ``output_tokens`` when it may not). ``eighth``: the request named no bound
     of its own, so it takes its tenant's share of what is left. With ``slices`` the output bound is only what is held at
-    first: the stream tops up, and no bound is written into it.
+    first: the stream tops up, and no bound is written into it. ``search_nanos`` is what the search costs that the call
+    makes for certain, if it does.
     """
 
     input_tokens_bound: int
@@ -40,6 +41,7 @@ class HoldPlan:
     hold_nanos: int
     eighth: bool
     service_tier: str
+    search_nanos: int = 0
     slices: StreamSlices | None = None
 
 
@@ -70,10 +72,11 @@ def plan_hold(
         if request.has_output
         else 0
     )
+    search_nanos = max(request.web_search_nanos, rate_card.web_search_nanos_max(tier=tier))
     input_nanos = (
         rate_card.input_nanos_max(input_tokens, tier=tier, audio=request.audio)
         + ceil_div(request.output_tokens_extra * output_femtos, FEMTOS_PER_NANO)
-        + request.web_searches * max(request.web_search_nanos, rate_card.web_search_nanos_max(tier=tier))
+        + request.web_searches * search_nanos
         + request.tool_fee_nanos
     )
     slices = None
@@ -97,6 +100,7 @@ def plan_hold(
         hold_nanos=hold_nanos,
         eighth=request.has_output and request.output_tokens_max is None and slices is None,
         service_tier=tier,
+        search_nanos=search_nanos if request.always_searches else 0,
         slices=slices,
     )
 

@@ -16,8 +16,12 @@ from budgetguard.core.snapshot import KeySnapshot, TenantSnapshot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PricedModel:
-    """What admission needs to know of a model; bounds are ``None`` where unknown."""
+    """What admission needs to know of a model; bounds are ``None`` where unknown.
 
+    ``model`` is the one whose price it is: the shipped record's id, or the model of a price row of our own.
+    """
+
+    model: str
     rate_card: RateCard
     context_window: int | None
     output_tokens_largest: int | None
@@ -51,7 +55,7 @@ def call_facts(
     context: CallContext,
     api: str,
     provider_id: str,
-    price_version: str,
+    priced: PricedModel,
     now_ms: int,
 ) -> OperationFacts:
     """Say what a call is, as its hold and its ledger rows keep it."""
@@ -63,13 +67,14 @@ def call_facts(
         api=api,
         provider_id=provider_id,
         model=request.model,
-        price_version=price_version,
+        price_version=priced.rate_card.version,
         stream=request.stream,
         tags=context.tags,
         session_id=context.session_id,
         end_user=context.end_user,
         session_name=context.session_name,
         session_path=context.session_path,
+        priced_model=priced.model,
     )
 
 

@@ -1,5 +1,6 @@
 """What is asked of the counters and what they answer. ``core/shard.py`` says how each answer is found."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -8,7 +9,7 @@ from budgetguard.core.handoff import Handoff
 from budgetguard.core.limits import limit_nanos
 from budgetguard.core.money import CALL_NANOS_MAX, COUNTER_NANOS_MAX, ceil_div
 from budgetguard.core.operation import ENDED_KEPT_MS, RANK, End, OperationFacts
-from budgetguard.core.pricing import DEFAULT_TIER, FEMTOS_PER_NANO
+from budgetguard.core.pricing import DEFAULT_TIER, FEMTOS_PER_NANO, caseless
 from budgetguard.core.snapshot import BudgetSpec, KeySnapshot, Mode, SubjectKind, TenantSnapshot
 from budgetguard.core.usage import Usage
 from budgetguard.core.window import Window, bounds
@@ -163,25 +164,44 @@ def applied_budgets(tenant: TenantSnapshot, facts: OperationFacts, at_ms: int) -
     subjects = subjects_of(facts)
     applied = []
     for spec in tenant.budgets:
-        mine = subjects[spec.subject_kind]
-        if not spec.each and spec.subject not in mine:
-            continue
-        window = bounds(spec, at_ms)
-        if window is None:
-            continue
-        applied += [_applied(spec, window, subject, at_ms) for subject in (mine if spec.each else ("",))]
+        mine = _counted(spec, facts, subjects)
+        window = bounds(spec, at_ms) if mine else None
+        if window is not None:
+            applied += [_applied(spec, window, subject, at_ms) for subject in mine]
     return tuple(applied)
 
 
+def counted_subjects(spec: BudgetSpec, facts: OperationFacts) -> tuple[str, ...]:
+    """List whose counters of a budget a call is counted in: a template's subjects, else "" if it limits the call."""
+    return _counted(spec, facts, subjects_of(facts))
+
+
+def _counted(
+    spec: BudgetSpec, facts: OperationFacts, subjects: Mapping[SubjectKind, tuple[str, ...]]
+) -> tuple[str, ...]:
+    mine = subjects[spec.subject_kind]
+    if spec.each:
+        return mine
+    if spec.subject_kind is SubjectKind.MODEL:
+        # The family by any spelling, a snapshot by its own; a provider may take a name in any case.
+        limited = caseless(spec.subject) in {caseless(name) for name in (facts.model, *mine)}
+    else:
+        limited = spec.subject in mine
+    return ("",) if limited else ()
+
+
 def subjects_of(facts: OperationFacts) -> dict[SubjectKind, tuple[str, ...]]:
-    """Say whose spend a call is, by kind; empty where it has no subject of that kind."""
+    """Say whose spend a call is, by kind; empty where it has no subject of that kind.
+
+    A model has many spellings and one price: its subject is the priced one.
+    """
     return {
         SubjectKind.TENANT: ("",),
         SubjectKind.API_KEY: (facts.key_id,),
         SubjectKind.TAG: facts.tags,
         SubjectKind.SESSION: (facts.session_id,) if facts.session_id else (),
         SubjectKind.END_USER: (facts.end_user,) if facts.end_user else (),
-        SubjectKind.MODEL: (facts.model,),
+        SubjectKind.MODEL: (facts.priced_model or facts.model,),
         SubjectKind.PROVIDER: (facts.provider_id,),
     }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from budgetguard.core.pricing import UNITS, PriceOverride
+from budgetguard.core.pricing import UNITS, PriceOverride, caseless
 
 CLUSTER_PREFIX = "provider-"
 
@@ -40,16 +40,19 @@ class Catalog:
         return next((provider for provider in self.providers if provider.kind == kind), None)
 
     def price_for(self, *, provider_id: str, model: str, at_ms: int) -> PriceOverride | None:
-        """Return the override in force at ``at_ms``: of several, the one that started last."""
+        """Return the override in force at ``at_ms``: of several, the one that started last.
+
+        A name in another case than any row's is priced by the row that it would be in its own.
+        """
         found = [
             price
             for price in self.prices
             if price.provider_id == provider_id
-            and price.model == model
+            and caseless(price.model) == caseless(model)
             and price.starts_at_ms <= at_ms
             and (price.ends_at_ms is None or at_ms < price.ends_at_ms)
         ]
-        return max(found, key=lambda price: (price.starts_at_ms, price.price_id), default=None)
+        return max(found, key=lambda price: (price.model == model, price.starts_at_ms, price.price_id), default=None)
 
     def to_json(self) -> bytes:
         """Encode for Redis."""

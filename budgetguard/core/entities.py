@@ -395,6 +395,7 @@ class LedgerRow:
     session_name: str = ""
     session_path: str = ""
     end_user: str = ""
+    priced_model: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

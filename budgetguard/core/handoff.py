@@ -31,7 +31,8 @@ class Handoff:
     expire touch those and no others. ``input_tokens_bound``/``output_tokens_bound`` are what the hold paid for;
     ``input_nanos`` is the input's part of it. ``clamped_output_tokens`` is set when that bound must be written into the
     request; ``inject_usage`` when the stream's usage must be asked for and kept from the client. ``slices``: the hold
-    pays for the stream's beginning only, and must be topped up.
+    pays for the stream's beginning only, and must be topped up. ``search_nanos`` is what the web search costs that the
+    call makes for certain: charged when its usage does not count searches.
     """
 
     facts: OperationFacts
@@ -44,6 +45,7 @@ class Handoff:
     clamped_output_tokens: int | None = None
     inject_usage: bool = False
     slices: StreamSlices | None = None
+    search_nanos: int = 0
 
     @property
     def tokens_bound(self) -> int:
@@ -71,6 +73,7 @@ class Handoff:
             "end_user": facts.end_user,
             "session_name": facts.session_name,
             "session_path": facts.session_path,
+            "priced_model": facts.priced_model,
             "counters": self.counters,
             "hold_nanos": self.hold_nanos,
             "input_tokens_bound": self.input_tokens_bound,
@@ -80,6 +83,7 @@ class Handoff:
             "clamped_output_tokens": self.clamped_output_tokens,
             "inject_usage": self.inject_usage,
             "slices": None if self.slices is None else asdict(self.slices),
+            "search_nanos": self.search_nanos,
         }
         return {
             "operation_id": facts.operation_id,
@@ -116,6 +120,8 @@ class Handoff:
                     end_user=_typed(call, "end_user", str),
                     session_name=_typed(call, "session_name", str),
                     session_path=_typed(call, "session_path", str),
+                    # A call that was admitted before this was told goes on.
+                    priced_model=_typed(call, "priced_model", str) if "priced_model" in call else "",
                 ),
                 counters=tuple(_typed(call, "counters", list)),
                 hold_nanos=_typed(call, "hold_nanos", int),
@@ -126,6 +132,7 @@ class Handoff:
                 clamped_output_tokens=None if clamped is None else _typed(call, "clamped_output_tokens", int),
                 inject_usage=_typed(call, "inject_usage", bool),
                 slices=None if call["slices"] is None else _slices(_typed(call, "slices", dict)),
+                search_nanos=_typed(call, "search_nanos", int) if "search_nanos" in call else 0,
             )
         except KeyError as error:
             msg = f"handoff lacks {error.args[0]!r}"

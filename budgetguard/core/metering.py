@@ -6,7 +6,7 @@ from enum import Enum
 from budgetguard.core.budget import Settlement
 from budgetguard.core.events import DETAIL_CHARS_MAX
 from budgetguard.core.handoff import Handoff
-from budgetguard.core.money import ceil_div
+from budgetguard.core.money import CALL_NANOS_MAX, ceil_div, format_usd
 from budgetguard.core.operation import End
 from budgetguard.core.pricing import DEFAULT_TIER, FEMTOS_PER_NANO
 from budgetguard.core.usage import Usage
@@ -90,7 +90,10 @@ class Seen:
 def conclude(handoff: Handoff, seen: Seen, *, ended_at_ms: int) -> Settlement:
     """End a call: CONFIRMED by the provider's usage, RELEASED by a proof that it cost nothing, else ESTIMATED."""
     tier = _tier(handoff, seen)
-    reported_nanos = None if seen.usage is None else handoff.rate_card.cost_nanos(seen.usage, tier=tier)
+    search_nanos = 0 if seen.usage is not None and seen.usage.web_searches is not None else handoff.search_nanos
+    reported_nanos = None
+    if seen.usage is not None:
+        reported_nanos = min(handoff.rate_card.cost_nanos(seen.usage, tier=tier) + search_nanos, CALL_NANOS_MAX)
     if reported_nanos is not None and seen.complete and _covers(seen.usage, handoff):
         end, amount_nanos, detail = End.CONFIRMED, reported_nanos, seen.closed
     elif reported_nanos is None and (proof := _proof_of_no_cost(seen)):
@@ -99,6 +102,7 @@ def conclude(handoff: Handoff, seen: Seen, *, ended_at_ms: int) -> Settlement:
         estimate_nanos = _estimate_nanos(handoff, seen)
         # A partial report may already be more than the estimate, even than the hold: the provider's word counts.
         end, amount_nanos, detail = End.ESTIMATED, max(estimate_nanos, reported_nanos or 0), _why_unknown(seen)
+    searched = f"${format_usd(search_nanos)} of it for a web search" if search_nanos and amount_nanos else ""
     return Settlement(
         handoff=handoff,
         end=end,
@@ -106,7 +110,7 @@ def conclude(handoff: Handoff, seen: Seen, *, ended_at_ms: int) -> Settlement:
         usage=seen.usage,
         ended_at_ms=ended_at_ms,
         status=seen.status,
-        detail="; ".join(filter(None, (detail, seen.remark)))[:DETAIL_CHARS_MAX],
+        detail="; ".join(filter(None, (detail, searched, seen.remark)))[:DETAIL_CHARS_MAX],
         rate_tier=tier,
     )
 
@@ -151,7 +155,7 @@ def _why_unknown(seen: Seen) -> str:
 
 
 def _estimate_nanos(handoff: Handoff, seen: Seen) -> int:
-    """Estimate a forwarded call: a stream its input and the output counted so far, anything else its whole hold.
+    """Estimate a forwarded call: a stream its input, the output counted so far and its search, else its whole hold.
 
     Never more than the hold, which is the most that the call can cost: the count is of bytes, not of tokens.
     """
@@ -161,4 +165,5 @@ def _estimate_nanos(handoff: Handoff, seen: Seen) -> int:
     # The handoff does not say whether audio is in it. Its price is the dearer one; the hold knew, and caps it.
     input_nanos = card.input_nanos_max(input_tokens, tier=tier, audio=True)
     output_femtos = seen.output_tokens * card.output_femtos_max(input_tokens, tier=tier, audio=True)
-    return min(input_nanos + ceil_div(output_femtos, FEMTOS_PER_NANO), handoff.hold_nanos)
+    output_nanos = ceil_div(output_femtos, FEMTOS_PER_NANO)
+    return min(input_nanos + output_nanos + handoff.search_nanos, handoff.hold_nanos)

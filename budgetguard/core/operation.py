@@ -34,7 +34,9 @@ class OperationFacts:
 
     ``tags`` are the ids of the call's tags and of all their ancestors at that moment. An empty ``session_id`` or
     ``end_user`` was not told. ``session_name`` and ``session_path`` are what the call calls its session and where it
-    is in it: for people, so nothing counts by them.
+    is in it: for people, so nothing counts by them. ``model`` is what the call asks for, as it was sent;
+    ``priced_model`` the model whose price it is charged by, which is one for all spellings of a model. Empty, as in
+    what was recorded before it was known: ``model`` itself.
     """
 
     operation_id: str
@@ -51,3 +53,4 @@ class OperationFacts:
     end_user: str = ""
     session_name: str = ""
     session_path: str = ""
+    priced_model: str = ""

@@ -47,9 +47,10 @@ class PolicyLoadError(Exception):
 class PolicyInput:
     """One call, as policies see it.
 
-    ``route`` is the API's name (``openai.chat``). ``estimate_nanos`` is the most that the call can cost (what it would
-    hold) and ``estimate_usd`` the same as an exact decimal string; ``output_tokens_bound`` is the output part of that
-    bound, 0 where nothing is generated. ``tags`` are the call's tags and all their ancestors, sorted. ``session_id``
+    ``route`` is the API's name (``openai.chat``). ``model`` is as it was sent, ``priced_model`` the one whose price it
+    is charged by. ``estimate_nanos`` is the most that the call can cost (what it would hold) and ``estimate_usd`` the
+    same as an exact decimal string; ``output_tokens_bound`` is the output part of that bound, 0 where nothing is
+    generated. ``tags`` are the call's tags and all their ancestors, sorted. ``session_id``
     is empty without a session. ``time`` is the admission time, RFC 3339 in UTC.
     """
 
@@ -57,6 +58,7 @@ class PolicyInput:
     key_id: str
     route: str
     model: str
+    priced_model: str
     stream: bool
     estimate_usd: str
     estimate_nanos: int
@@ -87,6 +89,7 @@ class PolicyInput:
             "key_id": self.key_id,
             "route": self.route,
             "model": self.model,
+            "priced_model": self.priced_model,
             "stream": self.stream,
             "estimate_usd": self.estimate_usd,
             "estimate_nanos": self.estimate_nanos,

@@ -171,6 +171,11 @@ class PriceOverride:
 _SHIPPED_VERSION = version("genai-prices")
 
 
+def caseless(model: str) -> str:
+    """Spell a model's name in one way whatever its case: ASCII only, which Postgres' "C" collation does the same to."""
+    return model.encode().lower().decode()
+
+
 def load_shipped_prices() -> None:
     """Read genai-prices' data now: it takes a tenth of a second, once a process, that no call should wait for."""
     data_snapshot.get_snapshot()
@@ -193,6 +198,16 @@ def shipped_rate_card(*, provider_id: str, model: str, at: datetime) -> RateCard
         if differing:
             rates[tier] = differing
     return RateCard(version=f"genai-prices/{_SHIPPED_VERSION}/{provider_id}/{found.id}", rates=rates)
+
+
+def shipped_model(*, provider_id: str, model: str) -> str:
+    """Return the id of the price record of a model: one for its aliases, its dated snapshots, and any case.
+
+    Raises:
+        PriceUnknownError: the provider does not list this model.
+    """
+    record: str = _find(provider_id=provider_id, model=model).id
+    return record
 
 
 def shipped_context_window(*, provider_id: str, model: str) -> int | None:

@@ -157,6 +157,7 @@ class LedgerRow(_message.Message):
     TAGS_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     END_USER_FIELD_NUMBER: _builtins.int
+    PRICED_MODEL_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     sequence: _builtins.int
     """Counts an operation's rows from 1."""
@@ -166,6 +167,7 @@ class LedgerRow(_message.Message):
     """"openai.chat", "openai.responses" ..."""
     provider_id: _builtins.str
     model: _builtins.str
+    """As the call named it."""
     stream: _builtins.bool
     end: Global___LedgerRow.End.ValueType
     delta_usd: _builtins.str
@@ -184,6 +186,10 @@ class LedgerRow(_message.Message):
     session_id: _builtins.str
     """As the call told them; empty where it did not."""
     end_user: _builtins.str
+    priced_model: _builtins.str
+    """The model whose price it was charged by: one for all spellings of a model. Empty in rows from before it was
+    recorded, which budgets count as `model`.
+    """
     @_builtins.property
     def units(self) -> Global___UnitCounts:
         """Absent when none was reported."""
@@ -226,10 +232,11 @@ class LedgerRow(_message.Message):
         tags: _abc.Iterable[_builtins.str] | None = ...,
         session_id: _builtins.str = ...,
         end_user: _builtins.str = ...,
+        priced_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "hold_time", b"hold_time", "record_time", b"record_time", "units", b"units"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_usd", b"amount_usd", "api", b"api", "api_key_id", b"api_key_id", "delta_usd", b"delta_usd", "detail", b"detail", "end", b"end", "end_time", b"end_time", "end_user", b"end_user", "hold_time", b"hold_time", "hold_usd", b"hold_usd", "http_status", b"http_status", "model", b"model", "operation_id", b"operation_id", "price_version", b"price_version", "provider_id", b"provider_id", "rate_tier", b"rate_tier", "record_time", b"record_time", "sequence", b"sequence", "session_id", b"session_id", "stream", b"stream", "tags", b"tags", "tenant_id", b"tenant_id", "units", b"units"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount_usd", b"amount_usd", "api", b"api", "api_key_id", b"api_key_id", "delta_usd", b"delta_usd", "detail", b"detail", "end", b"end", "end_time", b"end_time", "end_user", b"end_user", "hold_time", b"hold_time", "hold_usd", b"hold_usd", "http_status", b"http_status", "model", b"model", "operation_id", b"operation_id", "price_version", b"price_version", "priced_model", b"priced_model", "provider_id", b"provider_id", "rate_tier", b"rate_tier", "record_time", b"record_time", "sequence", b"sequence", "session_id", b"session_id", "stream", b"stream", "tags", b"tags", "tenant_id", b"tenant_id", "units", b"units"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -112,6 +112,7 @@ class QuoteService(quote_pb2_grpc.QuoteServiceServicer):
             tags=told.tags,
             session_id=told.session_id,
             end_user=told.end_user,
+            priced_model=self._priced_model(provider, request.model, now_ms),
         )
         limits = [
             limit
@@ -127,6 +128,14 @@ class QuoteService(quote_pb2_grpc.QuoteServiceServicer):
                 for limit, row in zip(limits, counted, strict=True)
             ]
         )
+
+    def _priced_model(self, provider: ProviderSpec | None, model: str, now_ms: int) -> str:
+        if provider is None:
+            return ""
+        try:
+            return self._prices.priced(provider_id=provider.provider_id, model=model, now_ms=now_ms).model
+        except PriceUnknownError:
+            return ""
 
     def _reserve(self, caller: Caller, api: ProviderApi, request: RequestFacts) -> tuple[Reserve, HoldPlan]:
         provider = self._prices.provider_for(api.provider_kind)
@@ -148,7 +157,7 @@ class QuoteService(quote_pb2_grpc.QuoteServiceServicer):
             context=caller.context,
             api=api.name,
             provider_id=provider_id,
-            price_version=priced.rate_card.version,
+            priced=priced,
             now_ms=now_ms,
         )
         return reserve_of(request, plan, facts=facts, tenant=caller.tenant, key=caller.key), plan

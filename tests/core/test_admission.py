@@ -200,6 +200,8 @@ def test_tools_are_held_for_at_the_dearer_of_the_documented_and_our_own_price():
     asked = {"web_searches": 3, "tool_fee_nanos": 11}
     assert plan(**asked, web_search_nanos=25_000_000).input_nanos == plan().input_nanos + 3 * 25_000_000 + 11
     assert plan(**asked, web_search_nanos=1).input_nanos == plan().input_nanos + 3 * 10_000_000 + 11
+    assert plan(**asked, web_search_nanos=25_000_000).search_nanos == 0
+    assert plan(**asked, web_search_nanos=25_000_000, always_searches=True).search_nanos == 25_000_000
     unpriced = RateCard(version="v", rates={"default": {"input_tokens": ((-1, 10**6),), "output_tokens": ((-1, 0),)}})
     assert plan(card=unpriced, **asked, web_search_nanos=5).input_nanos == 100 + 15 + 11
     assert not shows_all_it_writes(provider_id="other", model="gpt-4o")

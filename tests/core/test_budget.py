@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from budgetguard.core.budget import UNBOUNDED_TOKENS, outranks
+from budgetguard.core.budget import UNBOUNDED_TOKENS, counted_subjects, outranks
 from budgetguard.core.money import CALL_NANOS_MAX, COUNTER_NANOS_MAX, ceil_div
 from budgetguard.core.operation import End
 from budgetguard.core.reserving import hold_that_fits
@@ -59,6 +59,57 @@ def test_only_budgets_of_the_tenant_or_of_this_key_apply_and_only_in_their_dates
         ("tenant", False, COUNTER_NANOS_MAX),
         ("mine", True, 6),
     ]
+
+
+def model_budgets(model, priced_model):
+    tenant = a_tenant(
+        a_budget("family", subject_kind=SubjectKind.MODEL, subject="gpt-4o-mini"),
+        a_budget("snapshot", subject_kind=SubjectKind.MODEL, subject="gpt-4o-mini-2024-07-18"),
+        a_budget("each", subject_kind=SubjectKind.MODEL, each=True),
+    )
+    request = a_reserve(tenant)
+    facts = replace(request.facts, model=model, priced_model=priced_model)
+    return [(limit.budget_id, limit.subject) for limit in replace(request, facts=facts).budgets()]
+
+
+@pytest.mark.parametrize(
+    ("model", "priced_model", "named"),
+    [
+        ("gpt-4o-mini", "gpt-4o-mini", ["family"]),
+        ("GPT-4o-mini", "gpt-4o-mini", ["family"]),
+        ("gpt-4o-mini-2024-07-18", "gpt-4o-mini", ["family", "snapshot"]),
+        ("Gpt-4o-Mini-2024-07-18", "gpt-4o-mini", ["family", "snapshot"]),
+        # Recorded before the priced model was.
+        ("gpt-4o-mini", "", ["family"]),
+    ],
+)
+def test_a_model_s_budget_counts_every_spelling_and_a_template_counts_them_as_one(model, priced_model, named):
+    *found, each = model_budgets(model, priced_model)
+    assert [budget_id for budget_id, _ in found] == named
+    assert each == ("each", "gpt-4o-mini")
+
+
+def test_another_model_is_in_no_budget_of_this_one():
+    assert model_budgets("gpt-4o", "gpt-4o") == [("each", "gpt-4o")]
+    assert model_budgets("gpt-4o-mini-2024-07-18", "") == [
+        ("snapshot", "gpt-4o-mini-2024-07-18"),
+        ("each", "gpt-4o-mini-2024-07-18"),
+    ]
+
+
+def test_a_call_is_counted_for_the_subjects_that_its_limits_name():
+    facts = replace(the_facts(), tags=("a", "b"), model="GPT-4o-mini", priced_model="gpt-4o-mini")
+
+    def counted(kind, subject="", *, each=False):
+        return counted_subjects(a_budget(subject_kind=kind, subject=subject, each=each), facts)
+
+    assert counted(SubjectKind.TENANT) == counted(SubjectKind.TAG, "a") == counted(SubjectKind.MODEL, facts.model)
+    assert counted(SubjectKind.MODEL, "gpt-4o-mini") == ("",)
+    assert (counted(SubjectKind.TAG, each=True), counted(SubjectKind.MODEL, each=True)) == (
+        ("a", "b"),
+        ("gpt-4o-mini",),
+    )
+    assert counted(SubjectKind.TAG, "c") == counted(SubjectKind.SESSION, each=True) == ()
 
 
 def test_a_key_without_a_limit_of_its_own_is_unlimited():

@@ -51,6 +51,15 @@ def test_the_provider_of_a_kind_is_the_first_by_id():
     assert catalog.provider_for("none") is None
 
 
+def test_a_price_is_a_model_s_in_whatever_case_it_is_named():
+    catalog = Catalog(version=1, prices=(price("a", model="Mine"), price("b", model="mine")))
+
+    def found(model):
+        return catalog.price_for(provider_id="openai", model=model, at_ms=0).price_id
+
+    assert (found("Mine"), found("mine"), found("MINE")) == ("a", "b", "b")
+
+
 def test_the_price_in_force_is_the_one_that_started_last():
     old, new, ended = price("old"), price("new", starts_at_ms=10), price("ended", starts_at_ms=20, ends_at_ms=30)
     catalog = Catalog(version=1, prices=(old, new, ended, price("x", model="n"), price("y", provider_id="z")))

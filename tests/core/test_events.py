@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,6 +30,15 @@ EVENT = UsageEvent(
 @pytest.mark.parametrize("event", [EVENT, replace(EVENT, usage=None, counters=(), forgotten=False)])
 def test_an_event_survives_its_encoding(event):
     assert UsageEvent.from_fields(event.to_fields()) == event
+
+
+def test_an_event_of_before_priced_models_were_told_is_read():
+    event = replace(EVENT, facts=replace(EVENT.facts, priced_model="gpt-4o-mini"))
+    fields = event.to_fields()
+    facts = orjson.loads(fields["facts"])
+    assert facts.pop("priced_model") == "gpt-4o-mini"
+    assert UsageEvent.from_fields(fields) == event
+    assert UsageEvent.from_fields(fields | {"facts": orjson.dumps(facts).decode()}).facts.priced_model == ""
 
 
 def test_an_event_is_known_by_its_operation_and_sequence_and_ranked_by_its_end():

@@ -58,6 +58,29 @@ def test_reported_usage_is_what_a_call_costs_whatever_its_status(handoff, status
     assert end_of(handoff, seen) == (End.CONFIRMED, 20 * 1000 + 10 * 4000)
 
 
+SEARCH_NANOS = 25_000_000
+SEARCHES = replace(JSON_CALL, search_nanos=SEARCH_NANOS, hold_nanos=JSON_CALL.hold_nanos + SEARCH_NANOS)
+
+
+def test_a_search_that_is_certain_is_charged_when_the_usage_tells_of_none():
+    settlement = conclude(SEARCHES, replace(ANSWERED, usage=USAGE, remark="and more"), ended_at_ms=7)
+    assert (settlement.end, settlement.amount_nanos) == (End.CONFIRMED, 60_000 + SEARCH_NANOS)
+    assert settlement.detail == "$0.025 of it for a web search; and more"
+    told = replace(USAGE, web_searches=0)
+    settlement = conclude(SEARCHES, replace(ANSWERED, usage=told), ended_at_ms=7)
+    assert (settlement.amount_nanos, settlement.detail) == (60_000, "")
+
+
+def test_a_search_is_in_an_estimate_too_and_in_no_release():
+    cut = Seen(forwarded=True, status=200, code_details="via_upstream", output_tokens=10)
+    settlement = conclude(SEARCHES, cut, ended_at_ms=7)
+    assert (settlement.end, settlement.amount_nanos) == (End.ESTIMATED, 100_000 + 40_000 + SEARCH_NANOS)
+    assert settlement.detail == "cut off before its usage; $0.025 of it for a web search"
+    assert end_of(SEARCHES, replace(cut, output_tokens=None)) == (End.ESTIMATED, SEARCHES.hold_nanos)
+    refused = conclude(SEARCHES, replace(ANSWERED, status=400), ended_at_ms=7)
+    assert (refused.end, refused.amount_nanos, refused.detail) == (End.RELEASED, 0, "the provider answered 400")
+
+
 @pytest.mark.parametrize(
     ("asked", "served", "charged", "factor"),
     [

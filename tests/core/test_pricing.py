@@ -12,8 +12,10 @@ from budgetguard.core.pricing import (
     PriceOverride,
     PriceUnknownError,
     RateCard,
+    caseless,
     load_shipped_prices,
     shipped_context_window,
+    shipped_model,
     shipped_rate_card,
 )
 from budgetguard.core.usage import Usage
@@ -142,6 +144,28 @@ def test_unknown_models_and_models_without_a_token_price_are_refused():
     with pytest.raises(PriceUnknownError):
         shipped_context_window(provider_id="openai", model="no-such-model")
     assert shipped_context_window(provider_id="openai", model="gpt-4o") == 128_000
+
+
+@pytest.mark.parametrize(
+    ("model", "record"),
+    [
+        ("gpt-4o-mini", "gpt-4o-mini"),
+        ("gpt-4o-mini-2024-07-18", "gpt-4o-mini"),
+        ("GPT-4o-Mini-2024-07-18", "gpt-4o-mini"),
+        ("gpt-4o-2024-11-20", "gpt-4o"),
+    ],
+)
+def test_a_price_record_is_one_for_all_spellings_of_its_model(model, record):
+    assert shipped_model(provider_id="openai", model=model) == record
+
+
+def test_a_model_that_is_not_listed_has_no_price_record():
+    with pytest.raises(PriceUnknownError):
+        shipped_model(provider_id="openai", model="gpt-4o-mini-2031-01-01")
+
+
+def test_the_case_of_ascii_alone_is_ignored():
+    assert caseless("GPT-4o-\u00c9\u212a") == "gpt-4o-\u00c9\u212a"
 
 
 def test_an_override_prices_its_units_and_no_others():

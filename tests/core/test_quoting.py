@@ -19,6 +19,7 @@ from budgetguard.core.snapshot import SubjectKind
 from tests.plugins.redis_calls import NOW_MS, a_budget, a_key, a_reserve, a_tenant
 
 PRICED = PricedModel(
+    model="gpt-4o-mini",
     rate_card=shipped_rate_card(provider_id="openai", model="gpt-4o-mini", at=datetime(2026, 11, 24, tzinfo=UTC)),
     context_window=128_000,
     output_tokens_largest=16_384,
@@ -55,17 +56,19 @@ def test_what_is_asked_for_a_call_is_its_plan_and_its_context():
     plan = plan_call(CHAT, tenant=tenant, provider_id="openai", priced=PRICED)
     assert isinstance(plan, HoldPlan)
     facts = call_facts(
-        CHAT,
+        replace(CHAT, model="GPT-4o-mini"),
         operation_id="op-1",
         key=key,
         context=CallContext(tags=("eng",), session_id="s1", end_user="jo"),
         api="openai.chat",
         provider_id="openai",
-        price_version="v",
+        priced=PRICED,
         now_ms=NOW_MS,
     )
     request = reserve_of(CHAT, plan, facts=facts, tenant=tenant, key=key)
     assert (facts.tenant_id, facts.tags, facts.session_id, facts.end_user) == ("acme", ("eng",), "s1", "jo")
+    assert (facts.model, facts.priced_model) == ("GPT-4o-mini", "gpt-4o-mini")
+    assert facts.price_version == PRICED.rate_card.version
     assert (request.now_ms, request.hold_nanos, request.choices) == (NOW_MS, 100 * 150 + 500 * 600, 1)
     assert reserve_of(replace(CHAT, has_output=False), plan, facts=facts, tenant=tenant, key=key).choices == 0
 

@@ -137,6 +137,27 @@ def test_an_image_in_the_request_is_held_for_by_its_size_not_by_its_text(new_ten
     assert abs(with_image - without - Decimal(765 * 2500) / 10**9) < Decimal("0.0001")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("options", [{}, {"web_search_options": {}}])
+def test_the_search_of_a_search_model_is_held_for_and_charged_whether_or_not_it_is_asked_for(
+    stack, new_tenant, options, stream
+):
+    """$25 for 1,000 searches, and $0.15 and $0.60 for a million tokens."""
+    body = {
+        "model": "gpt-4o-mini-search-preview",
+        "max_tokens": 10,
+        "stream": stream,
+        "messages": ask(prompt_tokens=20, completion_tokens=10),
+    }
+    assert one_call_s_hold(new_tenant, {**body, **options}) > Decimal("0.025")
+    tenant = new_tenant(monthly("1"))
+    answer = httpx.post(f"{stack.base_url}{PATH}", json={**body, **options}, headers=tenant.headers)
+    assert answer.status_code == 200, answer.text
+    assert tenant.settled() == Decimal("0.025") + Decimal(20 * 150 + 10 * 600) / 10**9
+    (row,) = tenant.rows(at_least=1)
+    assert (row["end"], row["detail"]) == ("CONFIRMED", "$0.025 of it for a web search")
+
+
 def test_a_wrong_type_is_refused_by_its_path_and_costs_nothing(stack, new_tenant):
     tenant = new_tenant(monthly("1"))
     image = {"type": "image_url", "image_url": {"url": "https://example.com/x.png", "detail": 3}}

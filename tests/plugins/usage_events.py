@@ -32,6 +32,7 @@ def an_event(operation_id: str = "op-1", **changes) -> UsageEvent:
         "end_user": "",
         "session_name": "",
         "session_path": "",
+        "priced_model": "",
     }
     facts |= {name: changes.pop(name) for name in list(changes) if name in facts}
     fields = {

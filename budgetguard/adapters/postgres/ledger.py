@@ -16,6 +16,8 @@ from budgetguard.core.snapshot import SubjectKind
 # One event on its way in: (shard, stream entry id, event).
 Delivery = tuple[int, str, UsageEvent]
 
+# As core/pricing.py's caseless().
+_C = 'COLLATE "C"'
 # How a subject's rows are found: a tenant's are all of them.
 SUBJECT_CONDITION = {
     SubjectKind.TENANT: "$2::text = ''",
@@ -23,7 +25,7 @@ SUBJECT_CONDITION = {
     SubjectKind.TAG: "tags ? $2",
     SubjectKind.SESSION: "session_id = $2",
     SubjectKind.END_USER: "end_user = $2",
-    SubjectKind.MODEL: "model = $2",
+    SubjectKind.MODEL: f"lower($2::text {_C}) IN (lower(model {_C}), lower(priced_model {_C}))",
     SubjectKind.PROVIDER: "provider_id = $2",
 }
 
@@ -55,6 +57,7 @@ _INSERT_COLUMNS = (
     ("end_user", "text"),
     ("session_name", "text"),
     ("session_path", "text"),
+    ("priced_model", "text"),
 )
 _NAMES = ", ".join(name for name, _ in _INSERT_COLUMNS)
 # JSON goes in as an array of texts: a text array can hold NULLs beside JSON, whatever codec jsonb has.
@@ -283,6 +286,7 @@ def _values(delivery: Delivery) -> tuple[Any, ...]:
         facts.end_user,
         facts.session_name,
         facts.session_path,
+        facts.priced_model,
     )
 
 

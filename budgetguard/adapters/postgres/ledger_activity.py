@@ -18,7 +18,8 @@ SUBJECTS = {
     SubjectKind.TAG: "jsonb_array_elements_text(tags)",
     SubjectKind.SESSION: "session_id",
     SubjectKind.END_USER: "end_user",
-    SubjectKind.MODEL: "model",
+    # Rows from before it was recorded have none.
+    SubjectKind.MODEL: "coalesce(nullif(priced_model, ''), model)",
     SubjectKind.PROVIDER: "provider_id",
 }
 

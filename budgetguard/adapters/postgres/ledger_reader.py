@@ -17,7 +17,7 @@ _COLUMNS = """
     operation_id, tenant_id, key_id, api, provider_id, model, stream, price_version, rate_tier, end_state AS "end",
     rank, sequence, delta_nanos, amount_nanos, hold_nanos, usage, status, detail, epoch_ms(held_at) AS held_at_ms,
     epoch_ms(ended_at) AS ended_at_ms, epoch_ms(recorded_at) AS recorded_at_ms, shard, event_id,
-    tags, session_id, session_name, session_path, end_user
+    tags, session_id, session_name, session_path, end_user, priced_model
 """
 
 # Groups in one answer; a day, model, key ... each.

@@ -27,6 +27,7 @@ class RequestFacts:
     On top of those come ``input_tokens_beyond_window``, billed but no part of the context window, and
     ``output_tokens_extra``, billed for each choice whatever its bound is; then what tools cost that run at the
     provider: ``web_searches``, documented at ``web_search_nanos`` each, and ``tool_fee_nanos`` for all others.
+    ``always_searches``: one of the searches is certain, though its usage may not tell.
     """
 
     model: str
@@ -46,6 +47,7 @@ class RequestFacts:
     web_searches: int = 0
     web_search_nanos: int = 0
     tool_fee_nanos: int = 0
+    always_searches: bool = False
     hidden_output: bool = False
 
 

@@ -86,6 +86,7 @@ class ChatCompletions(_OpenAiApi):
             web_searches=choices * tools.web_searches,
             web_search_nanos=tools.web_search_nanos,
             tool_fee_nanos=choices * tools.fee_nanos,
+            always_searches=tools.always_searches,
             # The tokens of a prediction that does not come true are billed as output.
             hidden_output=tools.present or request.get("prediction") is not None,
         )
@@ -153,6 +154,7 @@ class Responses(_OpenAiApi):
             web_searches=tools.web_searches,
             web_search_nanos=tools.web_search_nanos,
             tool_fee_nanos=tools.fee_nanos,
+            always_searches=tools.always_searches,
             # A stored prompt brings tools of its own.
             hidden_output=tools.present or request.get("prompt") is not None,
         )

@@ -3,6 +3,7 @@
 Source: developers.openai.com/api/docs/pricing, "Built-in tools", as of November 2026.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,11 @@ _OWN_TOOLS = frozenset({"function", "custom"})
 # A request may name max_tool_calls. Without it nothing bounds the calls; a hold then pays for this many, and what a
 # model calls beyond is charged when it is reported.
 TOOL_CALLS_UNNAMED = 10
+
+# "When using Chat Completions, the model always retrieves information from the web before responding to your query"
+# (guides/tools-web-search): these models do, whether or not the request has web_search_options. No usage tells of it.
+_SEARCH_MODEL = re.compile(r".*-search-(preview|api)(-.*)?")
+_REASONING_SEARCH_MODEL = "gpt-5-search-api"
 
 # "$2.50 / 1k calls", "$10.00 / 1k calls"; the legacy preview costs $25 with models that do not reason.
 _FILE_SEARCH_NANOS = NANOS_PER_USD * 25 // 10_000
@@ -41,14 +47,16 @@ _SEARCH_BLOCK_MODELS = ("gpt-4o-mini", "gpt-4.1-mini")
 class HostedTools:
     """The tools of a request that run at the provider: how often at the most, and what that costs.
 
-    Of the ``web_searches`` each costs ``web_search_nanos``, and all else ``fee_nanos`` together. ``input_tokens`` is
-    billed beyond what the context window holds.
+    Of the ``web_searches`` each costs ``web_search_nanos``, and all else ``fee_nanos`` together. ``always_searches``:
+    one search is certain, and the answer does not tell of it. ``input_tokens`` is billed beyond what the context window
+    holds.
     """
 
     present: bool = False
     web_searches: int = 0
     web_search_nanos: int = 0
     fee_nanos: int = 0
+    always_searches: bool = False
     input_tokens: int = 0
 
 
@@ -73,15 +81,20 @@ def hosted_tools(request: dict[str, Any], *, model: str) -> HostedTools:
             file_searches = calls
         elif kind.startswith("web_search"):
             searches, search_nanos = calls, max(search_nanos, _web_search_nanos(kind))
-    if fields.named(request.get("web_search_options"), "web_search_options", dict, "an object") is not None:
+    name = model.lower().removeprefix("ft:")
+    options = fields.named(request.get("web_search_options"), "web_search_options", dict, "an object")
+    always_searches = options is not None or _SEARCH_MODEL.fullmatch(name) is not None
+    if always_searches:
         # The search models of chat completions search once for each answer.
-        present, searches, search_nanos = True, searches + 1, _WEB_SEARCH_PREVIEW_NANOS
-    has_block = model.lower().removeprefix("ft:").startswith(_SEARCH_BLOCK_MODELS)
+        own_nanos = _WEB_SEARCH_NANOS if name.startswith(_REASONING_SEARCH_MODEL) else _WEB_SEARCH_PREVIEW_NANOS
+        present, searches, search_nanos = True, searches + 1, max(search_nanos, own_nanos)
+    has_block = name.startswith(_SEARCH_BLOCK_MODELS)
     return HostedTools(
         present=present,
         web_searches=searches,
         web_search_nanos=search_nanos,
         fee_nanos=fee_nanos + file_searches * _FILE_SEARCH_NANOS,
+        always_searches=always_searches,
         input_tokens=searches * _SEARCH_BLOCK_TOKENS if has_block else 0,
     )
 

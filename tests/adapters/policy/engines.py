@@ -24,6 +24,7 @@ def call(model, **changes):
             "key_id": "k3j9x0a1b2c3d4e5",
             "route": "openai.chat",
             "model": model,
+            "priced_model": model,
             "stream": False,
             "estimate_usd": "0.00123",
             "estimate_nanos": 1_230_000,

@@ -1,11 +1,15 @@
 import asyncio
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from budgetguard.adapters.postgres.ledger import DeadEvent, LedgerRepository
+from budgetguard.adapters.postgres.ledger_activity import LedgerActivity
 from budgetguard.adapters.postgres.ledger_reader import LedgerReader
+from budgetguard.adapters.postgres.ledger_sums import LedgerSums
 from budgetguard.adapters.postgres.pool import open_database
+from budgetguard.core.budget import counted_subjects
 from budgetguard.core.entities import LedgerFilter, UsageGroup
 from budgetguard.core.errors import InvalidError
 from budgetguard.core.events import entry_order
@@ -13,6 +17,8 @@ from budgetguard.core.money import COUNTER_NANOS_MAX
 from budgetguard.core.operation import RANK, End
 from budgetguard.core.snapshot import SubjectKind
 from budgetguard.core.usage import Usage
+from budgetguard.core.window import Window
+from tests.plugins.redis_calls import a_budget
 from tests.plugins.usage_events import NOW_MS, a_delivery, milliseconds
 
 EVERYTHING = {"tenant_id": "acme", "subject_kind": SubjectKind.TENANT, "subject": "", "from_ms": 0, "until_ms": None}
@@ -33,6 +39,7 @@ async def test_a_row_comes_back_as_it_went_in(ledger, reader):
         amount_nanos=2**53 - 1,
         sequence=3,
         stream=True,
+        priced_model="gpt-4o",
     )
     inserted = await ledger.insert_events([(shard, event_id, event)])
     assert (inserted.rows, inserted.dead) == (1, 0)
@@ -41,9 +48,56 @@ async def test_a_row_comes_back_as_it_went_in(ledger, reader):
         assert getattr(row, name) == getattr(event, name)
     for name in ("operation_id", "tenant_id", "key_id", "held_at_ms", "api", "provider_id", "model", "price_version"):
         assert getattr(row, name) == getattr(event.facts, name)
+    assert row.priced_model == "gpt-4o"
     assert (row.shard, row.event_id, row.stream, row.rate_tier) == (shard, event_id, True, "default")
     assert row.ended_at_ms == event.ended_at_ms
     assert row.recorded_at_ms > 0
+
+
+SPELLINGS = [
+    ("gpt-4o-mini", "gpt-4o-mini"),
+    ("GPT-4o-mini", "gpt-4o-mini"),
+    ("gpt-4o-mini-2024-07-18", "gpt-4o-mini"),
+    ("Gpt-4o-Mini-2024-07-18", "gpt-4o-mini"),
+    ("gpt-4o-mini-2024-07-18", "gpt-4o-mini-2024-07-18"),
+    ("gpt-4o", "gpt-4o"),
+    # From before it was recorded.
+    ("gpt-4o-mini-2024-07-18", ""),
+    ("gpt-4o-mini", ""),
+    # Letters whose lower case Python and Postgres might see otherwise.
+    ("\u212a\u00c9\u0130", "\u00c9"),
+    ("k\u00e9i", ""),
+]
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        *(a_budget(subject_kind=SubjectKind.MODEL, subject=name) for pair in SPELLINGS for name in pair if name),
+        a_budget(subject_kind=SubjectKind.MODEL, subject="GPT-4O"),
+        a_budget(subject_kind=SubjectKind.MODEL, each=True),
+    ],
+    ids=lambda budget: budget.subject or "each",
+)
+async def test_a_model_s_spend_is_what_its_budget_counts(database, ledger, budget):
+    """The ledger's sums, which counters are rebuilt from, against the rule by which calls are counted."""
+    deliveries = [
+        a_delivery(f"op-{number}", model=model, priced_model=priced, delta_nanos=2**number)
+        for number, (model, priced) in enumerate(SPELLINGS)
+    ]
+    expected = Counter()
+    for _, _, event in deliveries:
+        expected.update(dict.fromkeys(counted_subjects(budget, event.facts), event.delta_nanos))
+    await ledger.insert_events(deliveries)
+    sums = await LedgerSums(database).spent("acme", budget, Window(0, None))
+    assert sums == {(subject, None): nanos for subject, nanos in expected.items()}
+    window = {"tenant_id": "acme", "from_ms": 0, "until_ms": None}
+    if not budget.each:
+        whose = {"subject_kind": SubjectKind.MODEL, "subject": budget.subject}
+        assert await ledger.spent(**window, **whose) == expected[""]
+        return
+    activity = LedgerActivity(database)
+    assert await activity.spent_by_subject(**window, kind=SubjectKind.MODEL, active_since_ms=0) == expected
 
 
 async def test_the_same_events_again_change_nothing(ledger, reader):

@@ -66,6 +66,27 @@ async def test_a_downgrade_never_loses_a_ledger(migrated_database, owner, ledger
     assert await owner.fetchval("SELECT count(*) FROM usage_ledger") == 1
 
 
+@pytest.mark.parametrize("priced_model", ["", "gpt-4o-mini", "gpt-4o"])
+async def test_a_downgrade_never_loses_what_a_call_was_priced_as(migrated_database, owner, priced_model):
+    await owner.execute(
+        """
+        INSERT INTO usage_ledger (held_at, operation_id, rank, sequence, end_state, tenant_id, key_id, api, provider_id,
+            model, priced_model, stream, price_version, rate_tier, delta_nanos, amount_nanos, hold_nanos, status,
+            detail, ended_at, shard, event_id)
+        VALUES (now(), 'op', 3, 1, 'CONFIRMED', 'acme', 'k', 'a', 'p', 'gpt-4o-mini', $1, false, 'v', 'default',
+            1, 1, 1, 200, '', now(), 1, '1-0')
+        """,
+        priced_model,
+    )
+    if priced_model == "gpt-4o":
+        with pytest.raises(DBAPIError, match="downgrade refused: ledger rows name"):
+            await downgrade(migrated_database.owner_url, "0005")
+    else:
+        await downgrade(migrated_database.owner_url, "0005")
+        await migrate(migrated_database.owner_url)
+        assert await owner.fetchval("SELECT priced_model FROM usage_ledger") == ""
+
+
 @pytest.mark.parametrize(
     "budget",
     ["true, 1, 'TENANT', 'DAY'", "false, 2, 'TENANT', 'DAY'", "false, 1, 'TAG', 'DAY'", "false, 1, 'TENANT', 'YEAR'"],

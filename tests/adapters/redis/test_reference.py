@@ -69,7 +69,7 @@ SUBJECTS = [
     *((SubjectKind.TAG, tag) for tag in ["", "a", "b"]),
     *((SubjectKind.SESSION, session) for session in ["", "s:1"]),
     (SubjectKind.END_USER, ""),
-    (SubjectKind.MODEL, "gpt-4o-mini"),
+    *((SubjectKind.MODEL, model) for model in ["", "gpt-4o-mini", "gpt-4o-mini-2024-07-18"]),
     (SubjectKind.PROVIDER, ""),
 ]
 WHOSE = st.fixed_dictionaries(
@@ -77,6 +77,8 @@ WHOSE = st.fixed_dictionaries(
         "tags": st.sampled_from([(), ("a",), ("a", "b")]),
         "session_id": st.sampled_from(["", "s:1", "s:2", "s 3"]),
         "end_user": st.sampled_from(["", "\u00e9", "u2"]),
+        "model": st.sampled_from(["gpt-4o-mini", "GPT-4o-mini", "gpt-4o-mini-2024-07-18"]),
+        "priced_model": st.sampled_from(["gpt-4o-mini", "gpt-4o-mini", ""]),
     }
 )
 # Most tenants and keys have no limit of a kind, else one that is soon reached.

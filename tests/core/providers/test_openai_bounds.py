@@ -122,6 +122,8 @@ def test_a_predicted_answer_is_billed_as_output():
 def test_searches_are_paid_for_by_each_answer():
     facts = chat("x", model="gpt-4o-mini-search-preview", web_search_options={}, n=2)
     assert (facts.web_searches, facts.web_search_nanos, facts.hosted_tools) == (2, 25_000_000, True)
+    assert facts.always_searches
+    assert chat("x", model="gpt-4o-mini-search-preview", n=2) == facts
     assert (facts.input_tokens_bound, facts.input_tokens_beyond_window) == (None, 16_000)
     tools = [{"type": "web_search"}, {"type": "file_search"}]
     facts = responses(said("x"), tools=tools, max_tool_calls=3, model="gpt-5")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from budgetguard.core.providers.openai_tools import TOOL_CALLS_UNNAMED, hosted_tools
+from budgetguard.core.providers.openai_tools import TOOL_CALLS_UNNAMED, HostedTools, hosted_tools
 
 CENT = 10**7
 
@@ -33,8 +33,27 @@ def test_without_a_bound_some_calls_are_paid_for():
 def test_the_preview_costs_more():
     """\"Web search preview (non-reasoning models): $25.00 / 1k calls\"."""
     assert tools("web_search", "web_search_preview").web_search_nanos == CENT * 5 // 2
-    chat = hosted_tools({"web_search_options": {}}, model="gpt-4o-search-preview")
-    assert (chat.present, chat.web_searches, chat.web_search_nanos) == (True, 1, CENT * 5 // 2)
+
+
+@pytest.mark.parametrize("asked", [{}, {"web_search_options": {}}, {"web_search_options": None}])
+@pytest.mark.parametrize(
+    ("model", "nanos"),
+    [
+        ("gpt-4o-search-preview", CENT * 5 // 2),
+        ("GPT-4o-mini-search-preview-2025-03-11", CENT * 5 // 2),
+        ("gpt-5-search-api-2025-10-14", CENT),
+    ],
+)
+def test_search_models_search_whether_or_not_they_are_asked_to(asked, model, nanos):
+    """\"When using Chat Completions, the model always retrieves information from the web before responding\"."""
+    found = hosted_tools(asked, model=model)
+    assert (found.present, found.always_searches, found.web_searches, found.web_search_nanos) == (True, True, 1, nanos)
+
+
+@pytest.mark.parametrize("model", ["gpt-4o-mini", "gpt-4o-audio-preview", "my-search-previews", "search-api"])
+def test_other_models_search_only_when_they_are_asked_to(model):
+    assert hosted_tools({}, model=model) == HostedTools()
+    assert hosted_tools({"web_search_options": {}}, model=model).always_searches
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,14 @@ async def test_an_admitted_call_is_held_handed_over_and_told(bench):
     assert Decimal(question.estimate_usd) == Decimal(handoff.hold_nanos) / 10**9
 
 
+@pytest.mark.parametrize("model", ["gpt-4o-mini", "GPT-4o-mini", "gpt-4o-mini-2024-07-18"])
+async def test_a_call_is_known_by_the_model_that_it_names_and_by_the_one_that_it_is_priced_as(bench, model):
+    answer = await bench.check(BODY | {"model": model})
+    assert isinstance(answer, Admitted)
+    for told in (answer.handoff.facts, bench.policy.question):
+        assert (told.model, told.priced_model) == (model, "gpt-4o-mini")
+
+
 async def test_a_caller_s_own_provider_key_goes_upstream(bench):
     answer = await bench.check(authorization="Bearer sk-theirs")
     assert isinstance(answer, Admitted)
@@ -293,6 +301,8 @@ async def test_prices_follow_the_catalog(bench):
     answer = await bench.check(BODY | {"model": "own-model"})
     assert isinstance(answer, Admitted)
     assert answer.handoff.facts.price_version == "price/p1"
+    assert answer.handoff.facts.priced_model == "own-model"
+    assert (await bench.check(BODY | {"model": "OWN-model"})).handoff.facts.priced_model == "own-model"
     assert answer.handoff.hold_nanos == answer.handoff.input_tokens_bound * 1000 + 100 * 2000
 
 

@@ -140,6 +140,67 @@ async def test_every_kind_of_counter_gets_its_past_and_keeps_it(plane, changes, 
     assert {subject: spent for subject, (spent, _) in after.items()} == total
 
 
+SPELLINGS = ["gpt-4o-mini", "GPT-4o-mini", "gpt-4o-mini-2024-07-18"]
+
+
+async def test_a_model_has_one_counter_whatever_it_is_called_also_when_it_is_rebuilt(plane):
+    await plane.make_tenant()
+    tenant = await plane.counters.load_tenant("acme")
+    holds = []
+
+    async def call(number, model, *, settle=True):
+        nonlocal tenant
+        request = a_reserve(tenant, operation_id=f"op-{number}", now_ms=now_ms(), input_nanos=100)
+        facts = replace(request.facts, model=model, priced_model="gpt-4o-mini")
+        request = replace(request, facts=facts)
+        answer = await plane.counters.reserve(request)
+        assert isinstance(answer, Reserved)
+        if settle:
+            await plane.counters.settle(a_settlement(the_handoff(request, answer), 2**number), now_ms=now_ms())
+        else:
+            holds.append((number, the_handoff(request, answer)))
+
+    # Before there are budgets of models.
+    for number, model in enumerate(SPELLINGS):
+        await call(number, model)
+        await call(number + 3, model, settle=False)
+    await drain_all(plane)
+    subjects = {"family": "gpt-4o-mini", "snapshot": SPELLINGS[2]}
+    for budget_id, subject in subjects.items():
+        await plane.make_budget(budget_id, subject_kind=SubjectKind.MODEL, subject=subject)
+    await plane.make_budget("each", subject_kind=SubjectKind.MODEL, each=True)
+    await plane.publisher.publish("acme")
+    tenant = await plane.counters.load_tenant("acme")
+    specs = {spec.budget_id: spec for spec in tenant.budgets}
+
+    async def counted():
+        names = {
+            "family": counter_name(specs["family"], bounds(specs["family"], now_ms()), ""),
+            "snapshot": counter_name(specs["snapshot"], bounds(specs["snapshot"], now_ms()), ""),
+            "each": counter_name(specs["each"], bounds(specs["each"], now_ms()), "gpt-4o-mini"),
+        }
+        return dict(zip(names, await plane.counters.read_counters("acme", list(names.values())), strict=True))
+
+    assert await counted() == {"family": (0b111, 300), "snapshot": (0b100, 100), "each": (0b111, 300)}
+    for number, handoff in holds:
+        await plane.counters.settle(a_settlement(handoff, 2**number), now_ms=now_ms())
+    for number, model in enumerate(SPELLINGS, 6):
+        await call(number, model)
+    await drain_all(plane)
+    await the_job(plane).run_once()
+    ends = {"family": (0b111111111, 0), "snapshot": (0b100100100, 0), "each": (0b111111111, 0)}
+    assert await counted() == ends
+    await plane.redis.command("FLUSHALL")
+    await plane.rebuild.run_once()
+    assert await counted() == ends
+    names = await plane.redis.command("KEYS", "*:counter:*")
+    assert len(names) == 4, "the tenant's and these"
+    await call(9, SPELLINGS[1])
+    await drain_all(plane)
+    assert (await plane.reconciler.compare("acme")).drifted == 0
+    assert await counted() == ends | {"family": (0b1111111111, 0), "each": (0b1111111111, 0)}
+
+
 async def spent_and_held(plane, spec, subjects):
     names = [counter_name(spec, bounds(spec, now_ms()), subject) for subject in subjects]
     return dict(zip(subjects, await plane.counters.read_counters("acme", names), strict=True))

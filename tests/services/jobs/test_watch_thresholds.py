@@ -150,7 +150,14 @@ async def test_every_subject_of_a_template_is_watched_by_the_ledger(watch):
         await plane.budgets.mark_seeded(name, 1)
     rows = [
         {"session_id": "s1", "end_user": "ann", "tags": ("a", "a/b"), "delta_nanos": 60},
-        {"session_id": "s1", "end_user": "bob", "tags": ("a",), "delta_nanos": 40},
+        {
+            "session_id": "s1",
+            "end_user": "bob",
+            "tags": ("a",),
+            "delta_nanos": 40,
+            "model": "gpt-4o-mini-2024-07-18",
+            "priced_model": "gpt-4o-mini",
+        },
         {"session_id": "s2", "end_user": "bob", "tags": (), "delta_nanos": 59, "model": "other"},
         {"delta_nanos": 1, "model": "free"},
     ]
