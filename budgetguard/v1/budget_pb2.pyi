@@ -479,10 +479,17 @@ class SetBudgetsRequest(_message.Message):
 
     TENANT_ID_FIELD_NUMBER: _builtins.int
     BUDGETS_FIELD_NUMBER: _builtins.int
+    DELETE_ALL_FIELD_NUMBER: _builtins.int
     HTTP_BODY_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
+    delete_all: _builtins.bool
+    """Deletes all budgets of the tenant; only without `budgets`. A list that is missing or empty does not say so by
+    itself: it may be an accident.
+    """
     @_builtins.property
-    def budgets(self) -> _containers.RepeatedCompositeFieldContainer[Global___BudgetSpec]: ...
+    def budgets(self) -> _containers.RepeatedCompositeFieldContainer[Global___BudgetSpec]:
+        """At least one, unless all are to be deleted."""
+
     @_builtins.property
     def http_body(self) -> _httpbody_pb2.HttpBody:
         """The raw JSON body of a REST call; gRPC clients leave it empty."""
@@ -492,11 +499,12 @@ class SetBudgetsRequest(_message.Message):
         *,
         tenant_id: _builtins.str = ...,
         budgets: _abc.Iterable[Global___BudgetSpec] | None = ...,
+        delete_all: _builtins.bool = ...,
         http_body: _httpbody_pb2.HttpBody | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["http_body", b"http_body"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets", "http_body", b"http_body", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets", "delete_all", b"delete_all", "http_body", b"http_body", "tenant_id", b"tenant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

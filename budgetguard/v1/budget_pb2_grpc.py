@@ -92,7 +92,7 @@ class BudgetServiceServicer:
 
     def SetBudgets(self, request, context):
         """Makes the tenant's budgets exactly the given ones. A budget for the same subject and window stays the same budget
-        with what it has spent, and gets the new amount; the others are created or deleted.
+        with what it has spent, and gets the new amount; the others are created. Every budget that is not listed is deleted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

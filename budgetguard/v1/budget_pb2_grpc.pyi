@@ -44,7 +44,7 @@ class BudgetServiceStub:
     CreateBudget: _grpc.UnaryUnaryMultiCallable[_budget_pb2.CreateBudgetRequest, _budget_pb2.Budget]
     SetBudgets: _grpc.UnaryUnaryMultiCallable[_budget_pb2.SetBudgetsRequest, _budget_pb2.SetBudgetsResponse]
     """Makes the tenant's budgets exactly the given ones. A budget for the same subject and window stays the same budget
-    with what it has spent, and gets the new amount; the others are created or deleted.
+    with what it has spent, and gets the new amount; the others are created. Every budget that is not listed is deleted.
     """
     GetBudget: _grpc.UnaryUnaryMultiCallable[_budget_pb2.GetBudgetRequest, _budget_pb2.Budget]
     ListBudgets: _grpc.UnaryUnaryMultiCallable[_budget_pb2.ListBudgetsRequest, _budget_pb2.ListBudgetsResponse]
@@ -70,7 +70,7 @@ class BudgetServiceAsyncStub(BudgetServiceStub):
     CreateBudget: _aio.UnaryUnaryMultiCallable[_budget_pb2.CreateBudgetRequest, _budget_pb2.Budget]  # type: ignore[assignment]
     SetBudgets: _aio.UnaryUnaryMultiCallable[_budget_pb2.SetBudgetsRequest, _budget_pb2.SetBudgetsResponse]  # type: ignore[assignment]
     """Makes the tenant's budgets exactly the given ones. A budget for the same subject and window stays the same budget
-    with what it has spent, and gets the new amount; the others are created or deleted.
+    with what it has spent, and gets the new amount; the others are created. Every budget that is not listed is deleted.
     """
     GetBudget: _aio.UnaryUnaryMultiCallable[_budget_pb2.GetBudgetRequest, _budget_pb2.Budget]  # type: ignore[assignment]
     ListBudgets: _aio.UnaryUnaryMultiCallable[_budget_pb2.ListBudgetsRequest, _budget_pb2.ListBudgetsResponse]  # type: ignore[assignment]
@@ -105,7 +105,7 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_budget_pb2.SetBudgetsResponse, _abc.Awaitable[_budget_pb2.SetBudgetsResponse]]:
         """Makes the tenant's budgets exactly the given ones. A budget for the same subject and window stays the same budget
-        with what it has spent, and gets the new amount; the others are created or deleted.
+        with what it has spent, and gets the new amount; the others are created. Every budget that is not listed is deleted.
         """
 
     @_abc_1.abstractmethod

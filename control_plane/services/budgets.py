@@ -76,6 +76,10 @@ class BudgetService(budget_pb2_grpc.BudgetServiceServicer):
     async def SetBudgets(self, request: budget_pb2.SetBudgetsRequest, _context: Any) -> budget_pb2.SetBudgetsResponse:
         if len(request.budgets) > BUDGETS_PER_TENANT_MAX:
             raise InvalidError("budgets", f"expected at most {BUDGETS_PER_TENANT_MAX} budgets")
+        if request.delete_all and request.budgets:
+            raise InvalidError("delete_all", "expected it only without budgets")
+        if not request.budgets and not request.delete_all:
+            raise InvalidError("budgets", "expected at least one budget; delete_all deletes every budget of the tenant")
         budgets = await self._budgets.set_many(
             budget_drafts(request.budgets, new_id=self._new_id),
             actor=ACTOR,
