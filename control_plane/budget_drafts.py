@@ -5,7 +5,7 @@ from typing import TypeAlias
 from zoneinfo import ZoneInfo
 
 from budgetguard.core.entities import (
-    SUBJECT_CHARACTERS_MAX,
+    SUBJECT_FIELDS,
     SUBJECTS_MAX_DEFAULT,
     THRESHOLD_BPS_DEFAULT,
     BudgetChanges,
@@ -15,7 +15,7 @@ from budgetguard.core.errors import FieldViolation, InvalidError
 from budgetguard.core.snapshot import Mode, SubjectKind, WindowKind
 from budgetguard.v1 import budget_pb2
 from control_plane.fields import dollars, duration_milliseconds, instant, named_fields
-from control_plane.messages import EACHES_BACK, MODES_BACK, SUBJECT_FIELDS, WINDOWS
+from control_plane.messages import EACHES_BACK, MODES_BACK, WINDOWS
 
 # Everything that describes a budget has the same fields.
 Description: TypeAlias = budget_pb2.BudgetSpec | budget_pb2.CreateBudgetRequest
@@ -155,9 +155,7 @@ def _subject(spec: Description) -> tuple[SubjectKind, str]:
         return EACHES_BACK[spec.each], ""
     if not given:
         return SubjectKind.TENANT, ""
-    ((kind, field, subject),) = given
-    if len(subject) > SUBJECT_CHARACTERS_MAX or not subject.isprintable():
-        raise InvalidError(field, f"expected at most {SUBJECT_CHARACTERS_MAX} printable characters")
+    ((kind, _, subject),) = given
     return kind, subject
 
 

@@ -49,15 +49,6 @@ EACHES = {
     SubjectKind.PROVIDER: budget_pb2.Budget.EACH_PROVIDER,
 }
 EACHES_BACK = {message: kind for kind, message in EACHES.items()}
-# The field that names a subject of each kind.
-SUBJECT_FIELDS = {
-    SubjectKind.API_KEY: "api_key_id",
-    SubjectKind.TAG: "tag_id",
-    SubjectKind.SESSION: "session_id",
-    SubjectKind.END_USER: "end_user",
-    SubjectKind.MODEL: "model",
-    SubjectKind.PROVIDER: "provider_id",
-}
 MODES_BACK = {message: mode for mode, message in MODES.items()}
 TENANT_STATUSES = {
     Status.ACTIVE: tenant_pb2.Tenant.ACTIVE,
@@ -222,7 +213,7 @@ def budget_message(
         state=budget_pb2.Budget.SEEDING if budget.seeding else budget_pb2.Budget.ACTIVE,
     )
     if budget.subject:
-        setattr(message, SUBJECT_FIELDS[budget.subject_kind], budget.subject)
+        setattr(message, entities.SUBJECT_FIELDS[budget.subject_kind], budget.subject)
     if window is not None and counted is not None:
         spec = budget.spec()
         spent, held = counted

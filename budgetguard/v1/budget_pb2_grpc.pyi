@@ -31,7 +31,9 @@ class BudgetServiceStub:
     """Budgets: how much may be spent, by whom, in which window.
 
     A budget's subject is named by at most one of `api_key_id`, `tag_id`, `session_id`, `end_user`, `model`,
-    `provider_id` and `each`; without any it is the tenant. A subject never changes.
+    `provider_id` and `each`; without any it is the tenant. A subject never changes. API keys, tags and providers must exist,
+    and a model must have a price at a provider that is set up; sessions and end users are as X-Session-Id and X-User-Id
+    may name them.
 
     Amounts are US dollars as decimal strings, exact to the nano-dollar: "25.5", "0.000000001". REST bodies may write
     them as JSON numbers too; every digit counts, none is rounded.
@@ -60,7 +62,9 @@ class BudgetServiceAsyncStub(BudgetServiceStub):
     """Budgets: how much may be spent, by whom, in which window.
 
     A budget's subject is named by at most one of `api_key_id`, `tag_id`, `session_id`, `end_user`, `model`,
-    `provider_id` and `each`; without any it is the tenant. A subject never changes.
+    `provider_id` and `each`; without any it is the tenant. A subject never changes. API keys, tags and providers must exist,
+    and a model must have a price at a provider that is set up; sessions and end users are as X-Session-Id and X-User-Id
+    may name them.
 
     Amounts are US dollars as decimal strings, exact to the nano-dollar: "25.5", "0.000000001". REST bodies may write
     them as JSON numbers too; every digit counts, none is rounded.
@@ -85,7 +89,9 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
     """Budgets: how much may be spent, by whom, in which window.
 
     A budget's subject is named by at most one of `api_key_id`, `tag_id`, `session_id`, `end_user`, `model`,
-    `provider_id` and `each`; without any it is the tenant. A subject never changes.
+    `provider_id` and `each`; without any it is the tenant. A subject never changes. API keys, tags and providers must exist,
+    and a model must have a price at a provider that is set up; sessions and end users are as X-Session-Id and X-User-Id
+    may name them.
 
     Amounts are US dollars as decimal strings, exact to the nano-dollar: "25.5", "0.000000001". REST bodies may write
     them as JSON numbers too; every digit counts, none is rounded.

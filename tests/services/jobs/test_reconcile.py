@@ -8,6 +8,7 @@ import orjson
 import pytest
 
 from budgetguard.adapters.postgres.ledger_activity import LedgerActivity
+from budgetguard.adapters.postgres.tags import TagRepository
 from budgetguard.adapters.redis import keys
 from budgetguard.core.budget import Refusal, Reserved
 from budgetguard.core.counter import counter_name
@@ -111,6 +112,7 @@ async def test_every_kind_of_counter_gets_its_past_and_keeps_it(plane, changes, 
     older = await call("op-2", 50, settle=False, tags=("eng", "web"), session_id="s2")
     await call("op-3", 7)  # nobody's
     await drain_all(plane)
+    await TagRepository(plane.database).create(actor="a", tenant_id="acme", tag_id="eng", name="eng")
     await plane.make_budget("new", **changes)
     await plane.publisher.publish("acme")
     spec = next(spec for spec in (await plane.counters.load_tenant("acme")).budgets if spec.budget_id == "new")
