@@ -123,6 +123,10 @@ class Budget(_message.Message):
         """New, or its window was changed: what was spent before is being summed. Until that is done the budget is enforced
         as it was before the change; a new one is not enforced yet.
         """
+        REBUILDING: Budget._State.ValueType  # 3
+        """The counters are being rebuilt from the ledger, since they were lost or are not compared with it yet. Until that is
+        done there is no window, and calls are refused with COUNTERS_NOT_READY.
+        """
 
     class State(_State, metaclass=_StateEnumTypeWrapper): ...
     STATE_UNSPECIFIED: Budget.State.ValueType  # 0
@@ -131,6 +135,10 @@ class Budget(_message.Message):
     SEEDING: Budget.State.ValueType  # 2
     """New, or its window was changed: what was spent before is being summed. Until that is done the budget is enforced
     as it was before the change; a new one is not enforced yet.
+    """
+    REBUILDING: Budget.State.ValueType  # 3
+    """The counters are being rebuilt from the ledger, since they were lost or are not compared with it yet. Until that is
+    done there is no window, and calls are refused with COUNTERS_NOT_READY.
     """
 
     ID_FIELD_NUMBER: _builtins.int
@@ -198,7 +206,7 @@ class Budget(_message.Message):
     @_builtins.property
     def window(self) -> Global___BudgetWindow:
         """The window that is open now. Absent when there is none (CUSTOM, before or after its dates), for a template (each of
-        its subjects has one), or when Redis does not answer.
+        its subjects has one), when Redis does not answer, or while the counters are REBUILDING.
         """
 
     @_builtins.property

@@ -36,9 +36,9 @@ class Budgets(Protocol):
 
 
 class CounterReader(Protocol):
-    """What is spent and held now."""
+    """What is spent and held now; see ``StandingReader``."""
 
-    async def read_counters(self, tenant_id: str, names: Sequence[str]) -> list[tuple[int, int]]: ...
+    async def counted(self, tenant_id: str, names: Sequence[str]) -> list[tuple[int, int]] | None: ...
 
 
 class TenantPublisher(Protocol):
@@ -139,14 +139,17 @@ class BudgetService(budget_pb2_grpc.BudgetServiceServicer):
         windows = [None if budget.each else bounds(budget.spec(), now_ms) for budget in budgets]
         open_ = [(budget, window) for budget, window in zip(budgets, windows, strict=True) if window is not None]
         counted: dict[str, tuple[int, int]] = {}
-        if open_:
+        ready = True
+        if budgets:
             names = [counter_name(budget.spec(), window) for budget, window in open_]
             try:
-                rows = await self._counters.read_counters(budgets[0].tenant_id, names)
-                counted = {budget.budget_id: row for (budget, _), row in zip(open_, rows, strict=True)}
+                rows = await self._counters.counted(budgets[0].tenant_id, names)
             except CountersUnavailableError:
                 logger.warning("budgets told without their counters", exc_info=True)
+            else:
+                ready = rows is not None
+                counted = {budget.budget_id: row for (budget, _), row in zip(open_, rows or (), strict=ready)}
         return [
-            budget_message(budget, window=window, counted=counted.get(budget.budget_id), now_ms=now_ms)
+            budget_message(budget, window=window, counted=counted.get(budget.budget_id), ready=ready, now_ms=now_ms)
             for budget, window in zip(budgets, windows, strict=True)
         ]
