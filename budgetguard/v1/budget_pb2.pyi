@@ -189,8 +189,8 @@ class Budget(_message.Message):
     subjects_max: _builtins.int
     """Of a template: how many subjects have counters at a time. 1 to 1,000,000; 10,000 without it."""
     time_zone: _builtins.str
-    """An IANA name, such as "Europe/Berlin"; UTC without it. Calendar windows begin at midnight there, and the dates of a
-    CUSTOM period are days there.
+    """An IANA name, such as "Europe/Berlin", of the zones that BudgetGuard comes with; UTC without it. Calendar windows
+    begin at midnight there, and the dates of a CUSTOM period are days there.
     """
     anchor_day: _builtins.int
     """The first day of a window: of WEEKLY 1 (Monday) to 7; of MONTHLY, QUARTERLY and YEARLY a day of the month, 1 to 31,

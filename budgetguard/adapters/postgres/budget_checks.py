@@ -1,7 +1,5 @@
 """Which budgets there can be."""
 
-from zoneinfo import ZoneInfo
-
 from budgetguard.core.context import TEXT_CHARS_MAX, is_context_text
 from budgetguard.core.entities import (
     ROLLING_MS_MAX,
@@ -18,6 +16,7 @@ from budgetguard.core.errors import FieldViolation, InvalidError
 from budgetguard.core.money import COUNTER_NANOS_MAX
 from budgetguard.core.snapshot import SubjectKind, WindowKind
 from budgetguard.core.window import ANCHOR_DAY_MAX, ANCHORED_MONTHS, CALENDAR
+from budgetguard.core.zones import ZONE_EXPECTED, zone_names
 
 
 def check_draft(draft: BudgetDraft, *, path: str = "") -> None:
@@ -77,10 +76,8 @@ def _check_subject_s_name(kind: SubjectKind, subject: str) -> None:
 
 
 def _check_window(draft: BudgetDraft) -> None:
-    try:
-        ZoneInfo(draft.zone)
-    except (OSError, ValueError, LookupError):
-        raise InvalidError("zone", "expected an IANA time zone, such as Europe/Berlin") from None
+    if draft.zone not in zone_names():
+        raise InvalidError("zone", f"expected {ZONE_EXPECTED}")
     dates = (draft.starts_at_ms, draft.ends_at_ms)
     if draft.window is WindowKind.FIXED:
         if draft.starts_at_ms is None or draft.ends_at_ms is None or draft.starts_at_ms >= draft.ends_at_ms:
