@@ -165,6 +165,7 @@ class ControlPlane:
         self._ledger = LedgerRepository(database)
         self._refusals = RefusalRepository(database)
         self._counters = Counters(self._redis)
+        self._standings = StandingReader(self._redis)
         self.prices = PriceBook(self._counters)
         self._reconcile_metrics = ReconcileMetrics(self.registry)
         self._snapshots = self._snapshot_publisher(self._redis)
@@ -281,7 +282,7 @@ class ControlPlane:
         budget_pb2_grpc.add_BudgetServiceServicer_to_server(
             BudgetService(
                 budgets=self._budgets,
-                counters=self._counters,
+                counters=self._standings,
                 publisher=publisher,
                 new_id=new_id,
                 now_ms=now_ms,
@@ -326,10 +327,9 @@ class ControlPlane:
         )
         quote_pb2_grpc.add_QuoteServiceServicer_to_server(
             QuoteService(
-                callers=Callers(self._counters, now_ms=now_ms),
+                callers=Callers(self._counters, readiness=self._standings, now_ms=now_ms),
                 prices=self.prices,
-                standings=StandingReader(self._redis),
-                counters=self._counters,
+                standings=self._standings,
                 now_ms=now_ms,
             ),
             server,

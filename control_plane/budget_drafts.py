@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Collection, Sequence
 from typing import TypeAlias
-from zoneinfo import ZoneInfo
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from budgetguard.core.entities import (
-    SUBJECT_CHARACTERS_MAX,
+    SUBJECT_FIELDS,
     SUBJECTS_MAX_DEFAULT,
     THRESHOLD_BPS_DEFAULT,
     BudgetChanges,
@@ -13,9 +13,10 @@ from budgetguard.core.entities import (
 )
 from budgetguard.core.errors import FieldViolation, InvalidError
 from budgetguard.core.snapshot import Mode, SubjectKind, WindowKind
+from budgetguard.core.zones import ZONE_EXPECTED, zone_of
 from budgetguard.v1 import budget_pb2
 from control_plane.fields import dollars, duration_milliseconds, instant, named_fields
-from control_plane.messages import EACHES_BACK, MODES_BACK, SUBJECT_FIELDS, WINDOWS
+from control_plane.messages import EACHES_BACK, MODES_BACK, WINDOWS
 
 # Everything that describes a budget has the same fields.
 Description: TypeAlias = budget_pb2.BudgetSpec | budget_pb2.CreateBudgetRequest
@@ -155,9 +156,7 @@ def _subject(spec: Description) -> tuple[SubjectKind, str]:
         return EACHES_BACK[spec.each], ""
     if not given:
         return SubjectKind.TENANT, ""
-    ((kind, field, subject),) = given
-    if len(subject) > SUBJECT_CHARACTERS_MAX or not subject.isprintable():
-        raise InvalidError(field, f"expected at most {SUBJECT_CHARACTERS_MAX} printable characters")
+    ((kind, _, subject),) = given
     return kind, subject
 
 
@@ -170,9 +169,9 @@ def _mode(number: budget_pb2.Budget.Mode.ValueType) -> Mode:
 
 def _zone(name: str) -> ZoneInfo:
     try:
-        return ZoneInfo(name)
-    except (OSError, ValueError, LookupError):
-        raise InvalidError("time_zone", "expected an IANA time zone, such as Europe/Berlin") from None
+        return zone_of(name)
+    except ZoneInfoNotFoundError:
+        raise InvalidError("time_zone", f"expected {ZONE_EXPECTED}") from None
 
 
 def _dates(window: WindowKind, start_date: str, end_date: str, *, zone: str) -> tuple[int | None, int | None]:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from budgetguard.core.context import CallContext, Contexts
-from budgetguard.core.identity import authenticate, read_credentials
-from budgetguard.core.reasons import Deny
+from budgetguard.core.identity import Credentials, authenticate, read_credentials
+from budgetguard.core.reasons import Deny, Reason
 from budgetguard.core.snapshot import KeySnapshot, TenantSnapshot
 from control_plane.errors import DeniedError
 
@@ -21,6 +21,13 @@ class Snapshots(Protocol):
         """Return an API key, ``None`` when there is none."""
 
 
+class Readiness(Protocol):
+    """Whether records are what they should be; raises ``CountersUnavailableError``."""
+
+    async def generation(self, tenant_id: str) -> str:
+        """Name the data that a tenant's records are part of; empty while they are not signed off."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
     """A tenant's key that is good now, and what its headers say of the call."""
@@ -33,8 +40,9 @@ class Caller:
 class Callers:
     """Finds callers. Always on fresh records: nobody quotes as often as calls are made."""
 
-    def __init__(self, snapshots: Snapshots, *, now_ms: Callable[[], int]) -> None:
+    def __init__(self, snapshots: Snapshots, *, readiness: Readiness, now_ms: Callable[[], int]) -> None:
         self._snapshots = snapshots
+        self._readiness = readiness
         self._now_ms = now_ms
         self._contexts = Contexts()
 
@@ -47,9 +55,9 @@ class Callers:
         credentials = read_credentials(headers)
         if isinstance(credentials, Deny):
             raise DeniedError(credentials)
-        presented = credentials.key
-        key = await self._snapshots.load_key(presented.tenant_id, presented.key_id)
-        tenant = await self._snapshots.load_tenant(presented.tenant_id) if key else None
+        tenant, key = await self._records(credentials)
+        if tenant is None or key is None:
+            tenant, key = await self._records_for_sure(credentials)
         deny = authenticate(credentials, tenant=tenant, key=key, now_ms=self._now_ms())
         if deny is not None:
             raise DeniedError(deny)
@@ -59,3 +67,23 @@ class Callers:
         if isinstance(context, Deny):
             raise DeniedError(context)
         return Caller(tenant=tenant, key=key, context=context)
+
+    async def _records(self, credentials: Credentials) -> tuple[TenantSnapshot | None, KeySnapshot | None]:
+        presented = credentials.key
+        key = await self._snapshots.load_key(presented.tenant_id, presented.key_id)
+        return await self._snapshots.load_tenant(presented.tenant_id) if key else None, key
+
+    async def _records_for_sure(self, credentials: Credentials) -> tuple[TenantSnapshot | None, KeySnapshot | None]:
+        """Read again what was not there: a Redis that has lost its data knows no key, which makes none unknown.
+
+        All records are there before a shard is signed off; and they were not lost meanwhile if its data are the same.
+
+        Raises:
+            DeniedError: the counters are not ready.
+        """
+        tenant_id = credentials.key.tenant_id
+        before = await self._readiness.generation(tenant_id)
+        records = await self._records(credentials)
+        if not before or before != await self._readiness.generation(tenant_id):
+            raise DeniedError(Deny(Reason.COUNTERS_NOT_READY))
+        return records

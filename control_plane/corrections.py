@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from typing import Protocol
 
 from budgetguard.core.budget import NotReady, Settled, Settlement
-from budgetguard.core.entities import LedgerFilter, LedgerRow
-from budgetguard.core.errors import DependencyUnavailableError, InvalidError, NotFoundError
+from budgetguard.core.entities import PAGE_SIZE_MAX, LedgerFilter, LedgerRow, Page
+from budgetguard.core.errors import DependencyUnavailableError, InvalidError, NotFoundError, OperationChangedError
 from budgetguard.core.events import DETAIL_CHARS_MAX
 from budgetguard.core.handoff import Handoff
 from budgetguard.core.money import CALL_NANOS_MAX, format_usd
@@ -26,6 +27,7 @@ class Ledger(Protocol):
     async def standing(  # noqa: D102 - the class says it
         self, wanted: LedgerFilter, *, limit: int, but_at_nanos: int | None = None
     ) -> tuple[LedgerRow, ...]: ...
+    async def list(self, wanted: LedgerFilter, *, page_size: int = 0) -> Page[LedgerRow]: ...  # noqa: D102 - the class says it
 
 
 class Settling(Protocol):
@@ -48,6 +50,14 @@ class Audit(Protocol):
     async def write(  # noqa: D102 - the class says it
         self, *, actor: str, action: str, kind: str, resource_id: str, tenant_id: str, after: object
     ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorrectedOne:
+    """A correction: the row that it became, and the one that stood before."""
+
+    row: LedgerRow
+    before: LedgerRow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +87,13 @@ class Corrections:
         self._audit = audit
         self._now_ms = now_ms
 
-    async def correct_one(self, operation_id: str, *, amount_nanos: int, reason: str, actor: str) -> LedgerRow:
-        """Set what one operation cost; returns how it stood before. One that stands so already is left as it is.
+    async def correct_one(self, operation_id: str, *, amount_nanos: int, reason: str, actor: str) -> CorrectedOne:
+        """Set what one operation cost. One that is corrected to this amount already is told, and left as it is.
 
         Raises:
             InvalidError: the amount or the reason cannot be.
             NotFoundError: no end of it is in the ledger.
+            OperationChangedError: another correction, or a better known end, came first.
             DependencyUnavailableError, CountersUnavailableError: nothing was changed, or all was: send it again.
         """
         _check(amount_nanos, reason)
@@ -90,8 +101,8 @@ class Corrections:
         if not standing:
             raise NotFoundError("ended operation", operation_id)
         (row,) = standing
-        if (row.end, row.amount_nanos, row.detail) == (End.CORRECTED, amount_nanos, reason):
-            return row
+        if (row.end, row.amount_nanos) == (End.CORRECTED, amount_nanos):
+            return await self._as_recorded(operation_id, row.sequence)
         # Before the money moves: an intent that came to nothing harms less than a change that nobody can explain.
         await self._audit.write(
             actor=actor,
@@ -101,10 +112,21 @@ class Corrections:
             tenant_id=row.tenant_id,
             after={"amount_nanos": amount_nanos, "before_nanos": row.amount_nanos, "reason": reason},
         )
-        if not await self._correct(row, amount_nanos, reason):
-            raise DependencyUnavailableError("the ledger (it is about to tell this operation's end otherwise)")
+        answer = await self._correct(row, amount_nanos, reason)
+        if (answer.end, answer.amount_nanos) != (End.CORRECTED, amount_nanos):
+            # What came first is in the ledger by the time that somebody reads it; if not, the next try says this again.
+            await self._counting.ledger_has_all(row.tenant_id)
+            raise OperationChangedError(operation_id)
         await self._follow(row.tenant_id)
-        return row
+        return await self._as_recorded(operation_id, answer.sequence)
+
+    async def _as_recorded(self, operation_id: str, sequence: int) -> CorrectedOne:
+        """Tell a correction from the ledger, so that whoever sends it again is told the same."""
+        rows = (await self._ledger.list(LedgerFilter(operation_id=operation_id), page_size=PAGE_SIZE_MAX)).items
+        for row, before in pairwise(rows):  # the last word first
+            if (row.end, row.sequence) == (End.CORRECTED, sequence):
+                return CorrectedOne(row=row, before=before)
+        raise DependencyUnavailableError("the ledger (what was corrected is not in it yet)")
 
     async def correct_all(
         self, wanted: LedgerFilter, *, amount_nanos: int, reason: str, actor: str, validate_only: bool
@@ -142,13 +164,17 @@ class Corrections:
                 "reason": reason,
             },
         )
-        done: list[bool] = []
+        answers: list[Settled] = []
         for start in range(0, len(rows), _CONCURRENT):
             part = rows[start : start + _CONCURRENT]
-            done += await asyncio.gather(*(self._correct(row, amount_nanos, reason) for row in part))
+            answers += await asyncio.gather(*(self._correct(row, amount_nanos, reason) for row in part))
         await self._follow(wanted.tenant_id)
         # What became better known meanwhile stays as it is.
-        rows = tuple(row for row, is_done in zip(rows, done, strict=True) if is_done)
+        rows = tuple(
+            row
+            for row, answer in zip(rows, answers, strict=True)
+            if (answer.end, answer.amount_nanos) == (End.CORRECTED, amount_nanos)
+        )
         moved_nanos = sum(amount_nanos - row.amount_nanos for row in rows)
         return replace(corrected, before=rows, moved_nanos=moved_nanos)
 
@@ -159,8 +185,8 @@ class Corrections:
         # Otherwise (the counters are being rebuilt, or compared by others all the time) the next comparison does it.
         await self._counting.follow(tenant_id)
 
-    async def _correct(self, row: LedgerRow, amount_nanos: int, reason: str) -> bool:
-        """Correct what this row says; ``False``: another one stands now."""
+    async def _correct(self, row: LedgerRow, amount_nanos: int, reason: str) -> Settled:
+        """Correct what this row says, and return what stands now: something else, if another row does."""
         facts = OperationFacts(**{field.name: getattr(row, field.name) for field in fields(OperationFacts)})
         settlement = Settlement(
             # Where it was counted, Redis knows, or the comparison with the ledger finds out.
@@ -185,7 +211,7 @@ class Corrections:
         answer = await self._counters.settle(settlement, now_ms=self._now_ms())
         if isinstance(answer, NotReady):
             raise DependencyUnavailableError("the counters (they are being rebuilt)")
-        return (answer.end, answer.amount_nanos) == (End.CORRECTED, amount_nanos)
+        return answer
 
 
 def _check(amount_nanos: int, reason: str) -> None:

@@ -49,15 +49,6 @@ EACHES = {
     SubjectKind.PROVIDER: budget_pb2.Budget.EACH_PROVIDER,
 }
 EACHES_BACK = {message: kind for kind, message in EACHES.items()}
-# The field that names a subject of each kind.
-SUBJECT_FIELDS = {
-    SubjectKind.API_KEY: "api_key_id",
-    SubjectKind.TAG: "tag_id",
-    SubjectKind.SESSION: "session_id",
-    SubjectKind.END_USER: "end_user",
-    SubjectKind.MODEL: "model",
-    SubjectKind.PROVIDER: "provider_id",
-}
 MODES_BACK = {message: mode for mode, message in MODES.items()}
 TENANT_STATUSES = {
     Status.ACTIVE: tenant_pb2.Tenant.ACTIVE,
@@ -197,9 +188,14 @@ def budget_message(
     *,
     window: Window | None = None,
     counted: tuple[int, int] | None = None,
+    ready: bool = True,
     now_ms: int = 0,
 ) -> budget_pb2.Budget:
-    """Spell a budget; with its open window when (spent, held) are known, as of ``now_ms``."""
+    """Spell a budget; with its open window when (spent, held) are known, as of ``now_ms``.
+
+    ``ready``: whether the counters are signed off.
+    """
+    state = budget_pb2.Budget.SEEDING if budget.seeding else budget_pb2.Budget.ACTIVE
     message = budget_pb2.Budget(
         id=budget.budget_id,
         tenant_id=budget.tenant_id,
@@ -219,10 +215,10 @@ def budget_message(
         rolling_period=None if budget.rolling_ms is None else duration_of(budget.rolling_ms),
         rollover_cap_usd="" if budget.rollover_cap_nanos is None else format_usd(budget.rollover_cap_nanos),
         threshold_bps=budget.threshold_bps,
-        state=budget_pb2.Budget.SEEDING if budget.seeding else budget_pb2.Budget.ACTIVE,
+        state=state if ready else budget_pb2.Budget.REBUILDING,
     )
     if budget.subject:
-        setattr(message, SUBJECT_FIELDS[budget.subject_kind], budget.subject)
+        setattr(message, entities.SUBJECT_FIELDS[budget.subject_kind], budget.subject)
     if window is not None and counted is not None:
         spec = budget.spec()
         spent, held = counted

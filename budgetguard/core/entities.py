@@ -34,6 +34,15 @@ BUDGETS_PER_TENANT_MAX = 1000
 
 # Ids that callers choose: tags, sessions, end users, models.
 SUBJECT_CHARACTERS_MAX = 256
+# How a budget's subject is named, by its kind; a tenant's needs no name.
+SUBJECT_FIELDS = {
+    SubjectKind.API_KEY: "api_key_id",
+    SubjectKind.TAG: "tag_id",
+    SubjectKind.SESSION: "session_id",
+    SubjectKind.END_USER: "end_user",
+    SubjectKind.MODEL: "model",
+    SubjectKind.PROVIDER: "provider_id",
+}
 # Of a template: each subject is a counter in Redis (about 200 bytes) in each window that it calls in.
 SUBJECTS_MAX_DEFAULT = 10_000
 SUBJECTS_MAX = 1_000_000

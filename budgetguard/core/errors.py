@@ -5,6 +5,7 @@
     ├── NotFoundError             no such resource
     ├── AlreadyExistsError        the id is taken
     ├── EtagMismatchError         somebody else changed it since it was read
+    ├── OperationChangedError     it was corrected, or ended otherwise, since its end was read
     ├── RequestIdReusedError      the same request_id came with another request
     ├── AdminKeyError             no admin key, or a wrong one
     ├── NotPublishedError         stored, but the data plane does not know it yet
@@ -27,6 +28,7 @@ class AdminReason(StrEnum):
     RESOURCE_NOT_FOUND = "RESOURCE_NOT_FOUND"
     RESOURCE_ALREADY_EXISTS = "RESOURCE_ALREADY_EXISTS"
     ETAG_MISMATCH = "ETAG_MISMATCH"
+    OPERATION_CHANGED = "OPERATION_CHANGED"
     REQUEST_ID_REUSED = "REQUEST_ID_REUSED"
     ADMIN_KEY_MISSING = "ADMIN_KEY_MISSING"
     ADMIN_KEY_WRONG = "ADMIN_KEY_WRONG"
@@ -120,6 +122,20 @@ class EtagMismatchError(DomainError):
             reason=AdminReason.ETAG_MISMATCH,
             resource=(kind, resource_id),
             etag=etag,
+        )
+
+
+class OperationChangedError(DomainError):
+    """An operation's end is not the one that its correction was decided upon."""
+
+    grpc_code = "ABORTED"
+
+    def __init__(self, operation_id: str) -> None:
+        super().__init__(
+            f"operation {operation_id!r} was corrected, or its end became better known, while this was decided: "
+            "read its rows in the ledger and, if it is still wrong, correct it again",
+            reason=AdminReason.OPERATION_CHANGED,
+            resource=("operation", operation_id),
         )
 
 

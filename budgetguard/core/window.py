@@ -6,6 +6,7 @@ from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
 from budgetguard.core.snapshot import BudgetSpec, WindowKind
+from budgetguard.core.zones import zone_of
 
 # The counter of a closed window is kept this long for late settles and for whoever asks about yesterday.
 CLOSED_KEPT_MS = 48 * 3_600_000
@@ -44,7 +45,7 @@ def bounds(spec: BudgetSpec, now_ms: int) -> Window | None:
     if spec.window is WindowKind.ROLLING:
         rolling = buckets_of(spec)
         return Window((now_ms // rolling.width_ms - rolling.number + 1) * rolling.width_ms, None)
-    zone = ZoneInfo(spec.zone)
+    zone = zone_of(spec.zone)
     # Half-open milliseconds: the integer division keeps a float's rounding out of the date.
     today = datetime.fromtimestamp(now_ms // 1000, UTC).astimezone(zone).date()
     first = _first_day(spec, today)

@@ -123,6 +123,10 @@ class Budget(_message.Message):
         """New, or its window was changed: what was spent before is being summed. Until that is done the budget is enforced
         as it was before the change; a new one is not enforced yet.
         """
+        REBUILDING: Budget._State.ValueType  # 3
+        """The counters are being rebuilt from the ledger, since they were lost or are not compared with it yet. Until that is
+        done there is no window, and calls are refused with COUNTERS_NOT_READY.
+        """
 
     class State(_State, metaclass=_StateEnumTypeWrapper): ...
     STATE_UNSPECIFIED: Budget.State.ValueType  # 0
@@ -131,6 +135,10 @@ class Budget(_message.Message):
     SEEDING: Budget.State.ValueType  # 2
     """New, or its window was changed: what was spent before is being summed. Until that is done the budget is enforced
     as it was before the change; a new one is not enforced yet.
+    """
+    REBUILDING: Budget.State.ValueType  # 3
+    """The counters are being rebuilt from the ledger, since they were lost or are not compared with it yet. Until that is
+    done there is no window, and calls are refused with COUNTERS_NOT_READY.
     """
 
     ID_FIELD_NUMBER: _builtins.int
@@ -185,8 +193,8 @@ class Budget(_message.Message):
     subjects_max: _builtins.int
     """Of a template: how many subjects have counters at a time. 1 to 1,000,000; 10,000 without it."""
     time_zone: _builtins.str
-    """An IANA name, such as "Europe/Berlin"; UTC without it. Calendar windows begin at midnight there, and the dates of a
-    CUSTOM period are days there.
+    """An IANA name, such as "Europe/Berlin", of the zones that BudgetGuard comes with; UTC without it. Calendar windows
+    begin at midnight there, and the dates of a CUSTOM period are days there.
     """
     anchor_day: _builtins.int
     """The first day of a window: of WEEKLY 1 (Monday) to 7; of MONTHLY, QUARTERLY and YEARLY a day of the month, 1 to 31,
@@ -202,7 +210,7 @@ class Budget(_message.Message):
     @_builtins.property
     def window(self) -> Global___BudgetWindow:
         """The window that is open now. Absent when there is none (CUSTOM, before or after its dates), for a template (each of
-        its subjects has one), or when Redis does not answer.
+        its subjects has one), when Redis does not answer, or while the counters are REBUILDING.
         """
 
     @_builtins.property
@@ -483,10 +491,17 @@ class SetBudgetsRequest(_message.Message):
 
     TENANT_ID_FIELD_NUMBER: _builtins.int
     BUDGETS_FIELD_NUMBER: _builtins.int
+    DELETE_ALL_FIELD_NUMBER: _builtins.int
     HTTP_BODY_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
+    delete_all: _builtins.bool
+    """Deletes all budgets of the tenant; only without `budgets`. A list that is missing or empty does not say so by
+    itself: it may be an accident.
+    """
     @_builtins.property
-    def budgets(self) -> _containers.RepeatedCompositeFieldContainer[Global___BudgetSpec]: ...
+    def budgets(self) -> _containers.RepeatedCompositeFieldContainer[Global___BudgetSpec]:
+        """At least one, unless all are to be deleted."""
+
     @_builtins.property
     def http_body(self) -> _httpbody_pb2.HttpBody:
         """The raw JSON body of a REST call; gRPC clients leave it empty."""
@@ -496,11 +511,12 @@ class SetBudgetsRequest(_message.Message):
         *,
         tenant_id: _builtins.str = ...,
         budgets: _abc.Iterable[Global___BudgetSpec] | None = ...,
+        delete_all: _builtins.bool = ...,
         http_body: _httpbody_pb2.HttpBody | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["http_body", b"http_body"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets", "http_body", b"http_body", "tenant_id", b"tenant_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets", "delete_all", b"delete_all", "http_body", b"http_body", "tenant_id", b"tenant_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

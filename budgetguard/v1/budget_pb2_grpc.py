@@ -30,7 +30,9 @@ class BudgetServiceStub:
     """Budgets: how much may be spent, by whom, in which window.
 
     A budget's subject is named by at most one of `api_key_id`, `tag_id`, `session_id`, `end_user`, `model`,
-    `provider_id` and `each`; without any it is the tenant. A subject never changes.
+    `provider_id` and `each`; without any it is the tenant. A subject never changes. API keys, tags and providers must exist,
+    and a model must have a price at a provider that is set up; sessions and end users are as X-Session-Id and X-User-Id
+    may name them.
 
     Amounts are US dollars as decimal strings, exact to the nano-dollar: "25.5", "0.000000001". REST bodies may write
     them as JSON numbers too; every digit counts, none is rounded.
@@ -78,7 +80,9 @@ class BudgetServiceServicer:
     """Budgets: how much may be spent, by whom, in which window.
 
     A budget's subject is named by at most one of `api_key_id`, `tag_id`, `session_id`, `end_user`, `model`,
-    `provider_id` and `each`; without any it is the tenant. A subject never changes.
+    `provider_id` and `each`; without any it is the tenant. A subject never changes. API keys, tags and providers must exist,
+    and a model must have a price at a provider that is set up; sessions and end users are as X-Session-Id and X-User-Id
+    may name them.
 
     Amounts are US dollars as decimal strings, exact to the nano-dollar: "25.5", "0.000000001". REST bodies may write
     them as JSON numbers too; every digit counts, none is rounded.
@@ -92,7 +96,7 @@ class BudgetServiceServicer:
 
     def SetBudgets(self, request, context):
         """Makes the tenant's budgets exactly the given ones. A budget for the same subject and window stays the same budget
-        with what it has spent, and gets the new amount; the others are created or deleted.
+        with what it has spent, and gets the new amount; the others are created. Every budget that is not listed is deleted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -170,7 +174,9 @@ class BudgetService:
     """Budgets: how much may be spent, by whom, in which window.
 
     A budget's subject is named by at most one of `api_key_id`, `tag_id`, `session_id`, `end_user`, `model`,
-    `provider_id` and `each`; without any it is the tenant. A subject never changes.
+    `provider_id` and `each`; without any it is the tenant. A subject never changes. API keys, tags and providers must exist,
+    and a model must have a price at a provider that is set up; sessions and end users are as X-Session-Id and X-User-Id
+    may name them.
 
     Amounts are US dollars as decimal strings, exact to the nano-dollar: "25.5", "0.000000001". REST bodies may write
     them as JSON numbers too; every digit counts, none is rounded.

@@ -31,7 +31,9 @@ class BudgetServiceStub:
     """Budgets: how much may be spent, by whom, in which window.
 
     A budget's subject is named by at most one of `api_key_id`, `tag_id`, `session_id`, `end_user`, `model`,
-    `provider_id` and `each`; without any it is the tenant. A subject never changes.
+    `provider_id` and `each`; without any it is the tenant. A subject never changes. API keys, tags and providers must exist,
+    and a model must have a price at a provider that is set up; sessions and end users are as X-Session-Id and X-User-Id
+    may name them.
 
     Amounts are US dollars as decimal strings, exact to the nano-dollar: "25.5", "0.000000001". REST bodies may write
     them as JSON numbers too; every digit counts, none is rounded.
@@ -44,7 +46,7 @@ class BudgetServiceStub:
     CreateBudget: _grpc.UnaryUnaryMultiCallable[_budget_pb2.CreateBudgetRequest, _budget_pb2.Budget]
     SetBudgets: _grpc.UnaryUnaryMultiCallable[_budget_pb2.SetBudgetsRequest, _budget_pb2.SetBudgetsResponse]
     """Makes the tenant's budgets exactly the given ones. A budget for the same subject and window stays the same budget
-    with what it has spent, and gets the new amount; the others are created or deleted.
+    with what it has spent, and gets the new amount; the others are created. Every budget that is not listed is deleted.
     """
     GetBudget: _grpc.UnaryUnaryMultiCallable[_budget_pb2.GetBudgetRequest, _budget_pb2.Budget]
     ListBudgets: _grpc.UnaryUnaryMultiCallable[_budget_pb2.ListBudgetsRequest, _budget_pb2.ListBudgetsResponse]
@@ -60,7 +62,9 @@ class BudgetServiceAsyncStub(BudgetServiceStub):
     """Budgets: how much may be spent, by whom, in which window.
 
     A budget's subject is named by at most one of `api_key_id`, `tag_id`, `session_id`, `end_user`, `model`,
-    `provider_id` and `each`; without any it is the tenant. A subject never changes.
+    `provider_id` and `each`; without any it is the tenant. A subject never changes. API keys, tags and providers must exist,
+    and a model must have a price at a provider that is set up; sessions and end users are as X-Session-Id and X-User-Id
+    may name them.
 
     Amounts are US dollars as decimal strings, exact to the nano-dollar: "25.5", "0.000000001". REST bodies may write
     them as JSON numbers too; every digit counts, none is rounded.
@@ -70,7 +74,7 @@ class BudgetServiceAsyncStub(BudgetServiceStub):
     CreateBudget: _aio.UnaryUnaryMultiCallable[_budget_pb2.CreateBudgetRequest, _budget_pb2.Budget]  # type: ignore[assignment]
     SetBudgets: _aio.UnaryUnaryMultiCallable[_budget_pb2.SetBudgetsRequest, _budget_pb2.SetBudgetsResponse]  # type: ignore[assignment]
     """Makes the tenant's budgets exactly the given ones. A budget for the same subject and window stays the same budget
-    with what it has spent, and gets the new amount; the others are created or deleted.
+    with what it has spent, and gets the new amount; the others are created. Every budget that is not listed is deleted.
     """
     GetBudget: _aio.UnaryUnaryMultiCallable[_budget_pb2.GetBudgetRequest, _budget_pb2.Budget]  # type: ignore[assignment]
     ListBudgets: _aio.UnaryUnaryMultiCallable[_budget_pb2.ListBudgetsRequest, _budget_pb2.ListBudgetsResponse]  # type: ignore[assignment]
@@ -85,7 +89,9 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
     """Budgets: how much may be spent, by whom, in which window.
 
     A budget's subject is named by at most one of `api_key_id`, `tag_id`, `session_id`, `end_user`, `model`,
-    `provider_id` and `each`; without any it is the tenant. A subject never changes.
+    `provider_id` and `each`; without any it is the tenant. A subject never changes. API keys, tags and providers must exist,
+    and a model must have a price at a provider that is set up; sessions and end users are as X-Session-Id and X-User-Id
+    may name them.
 
     Amounts are US dollars as decimal strings, exact to the nano-dollar: "25.5", "0.000000001". REST bodies may write
     them as JSON numbers too; every digit counts, none is rounded.
@@ -105,7 +111,7 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_budget_pb2.SetBudgetsResponse, _abc.Awaitable[_budget_pb2.SetBudgetsResponse]]:
         """Makes the tenant's budgets exactly the given ones. A budget for the same subject and window stays the same budget
-        with what it has spent, and gets the new amount; the others are created or deleted.
+        with what it has spent, and gets the new amount; the others are created. Every budget that is not listed is deleted.
         """
 
     @_abc_1.abstractmethod

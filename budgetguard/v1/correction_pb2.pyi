@@ -68,7 +68,7 @@ class Correction(_message.Message):
     """How it stood before."""
     previous_end: _usage_pb2.LedgerRow.End.ValueType
     sequence: _builtins.int
-    """The sequence of the ledger row that it becomes."""
+    """The sequence of its row in the ledger."""
     def __init__(
         self,
         *,

@@ -54,7 +54,10 @@ class CorrectionServiceServicer:
     """
 
     def CorrectOperation(self, request, context):
-        """Corrects one operation that has ended; a correction can be corrected. Sent twice it counts once.
+        """Corrects one operation that has ended; a correction can be corrected. Sent again it changes nothing and gets the same
+        answer: one that is corrected to this amount already stays as it is, whatever the reason. (Any other end of this
+        amount gets a row of its own, of 0: no later evidence moves it any more.) Of several different ones at once the first
+        is made, and the others get OPERATION_CHANGED (ABORTED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,11 @@ class CorrectionServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> CorrectionServiceAsyncStub: ...
     CorrectOperation: _grpc.UnaryUnaryMultiCallable[_correction_pb2.CorrectOperationRequest, _correction_pb2.Correction]
-    """Corrects one operation that has ended; a correction can be corrected. Sent twice it counts once."""
+    """Corrects one operation that has ended; a correction can be corrected. Sent again it changes nothing and gets the same
+    answer: one that is corrected to this amount already stays as it is, whatever the reason. (Any other end of this
+    amount gets a row of its own, of 0: no later evidence moves it any more.) Of several different ones at once the first
+    is made, and the others get OPERATION_CHANGED (ABORTED).
+    """
     CorrectOperations: _grpc.UnaryUnaryMultiCallable[_correction_pb2.CorrectOperationsRequest, _correction_pb2.CorrectOperationsResponse]
     """Corrects all operations of a tenant that ended in one way, such as all that EXPIRED in an incident."""
 
@@ -48,7 +52,11 @@ class CorrectionServiceAsyncStub(CorrectionServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CorrectOperation: _aio.UnaryUnaryMultiCallable[_correction_pb2.CorrectOperationRequest, _correction_pb2.Correction]  # type: ignore[assignment]
-    """Corrects one operation that has ended; a correction can be corrected. Sent twice it counts once."""
+    """Corrects one operation that has ended; a correction can be corrected. Sent again it changes nothing and gets the same
+    answer: one that is corrected to this amount already stays as it is, whatever the reason. (Any other end of this
+    amount gets a row of its own, of 0: no later evidence moves it any more.) Of several different ones at once the first
+    is made, and the others get OPERATION_CHANGED (ABORTED).
+    """
     CorrectOperations: _aio.UnaryUnaryMultiCallable[_correction_pb2.CorrectOperationsRequest, _correction_pb2.CorrectOperationsResponse]  # type: ignore[assignment]
     """Corrects all operations of a tenant that ended in one way, such as all that EXPIRED in an incident."""
 
@@ -63,7 +71,11 @@ class CorrectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _correction_pb2.CorrectOperationRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_correction_pb2.Correction, _abc.Awaitable[_correction_pb2.Correction]]:
-        """Corrects one operation that has ended; a correction can be corrected. Sent twice it counts once."""
+        """Corrects one operation that has ended; a correction can be corrected. Sent again it changes nothing and gets the same
+        answer: one that is corrected to this amount already stays as it is, whatever the reason. (Any other end of this
+        amount gets a row of its own, of 0: no later evidence moves it any more.) Of several different ones at once the first
+        is made, and the others get OPERATION_CHANGED (ABORTED).
+        """
 
     @_abc_1.abstractmethod
     def CorrectOperations(

@@ -103,6 +103,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """503: A budget was changed while Redis was down: it is stored, and holds as soon as Redis is back."""
     ERROR_REASON_DEPENDENCY_UNAVAILABLE: _ErrorReason.ValueType  # 108
     """503: An admin call while Postgres is down; sent again later (a create: with its request_id) it does no harm."""
+    ERROR_REASON_OPERATION_CHANGED: _ErrorReason.ValueType  # 109
+    """409: Two corrections of one operation at once, to $1 and to $2: the second to come is told to read and decide again."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed: `reason` of google.rpc.ErrorInfo (domain "budgetguard", without the prefix ERROR_REASON_) for
@@ -190,4 +192,6 @@ ERROR_REASON_NOT_PUBLISHED: ErrorReason.ValueType  # 107
 """503: A budget was changed while Redis was down: it is stored, and holds as soon as Redis is back."""
 ERROR_REASON_DEPENDENCY_UNAVAILABLE: ErrorReason.ValueType  # 108
 """503: An admin call while Postgres is down; sent again later (a create: with its request_id) it does no harm."""
+ERROR_REASON_OPERATION_CHANGED: ErrorReason.ValueType  # 109
+"""409: Two corrections of one operation at once, to $1 and to $2: the second to come is told to read and decide again."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -28,7 +28,8 @@ if _version_not_supported:
 class QuoteServiceStub:
     """What a call would be told, for the apps that make calls. Both methods take a tenant's API key (X-API-Key, or
     Authorization: Bearer), never an administrator's, and the context headers of the call: X-Tags, X-Session-Id,
-    X-User-Id. A key or header that would refuse the call refuses these with the same reason.
+    X-User-Id. A key or header that would refuse the call refuses these with the same reason. Until the counters are what
+    the ledger says, both are refused with COUNTERS_NOT_READY, as every call is.
     """
 
     def __init__(self, channel):
@@ -52,7 +53,8 @@ class QuoteServiceStub:
 class QuoteServiceServicer:
     """What a call would be told, for the apps that make calls. Both methods take a tenant's API key (X-API-Key, or
     Authorization: Bearer), never an administrator's, and the context headers of the call: X-Tags, X-Session-Id,
-    X-User-Id. A key or header that would refuse the call refuses these with the same reason.
+    X-User-Id. A key or header that would refuse the call refuses these with the same reason. Until the counters are what
+    the ledger says, both are refused with COUNTERS_NOT_READY, as every call is.
     """
 
     def Quote(self, request, context):
@@ -97,7 +99,8 @@ def add_QuoteServiceServicer_to_server(servicer, server):
 class QuoteService:
     """What a call would be told, for the apps that make calls. Both methods take a tenant's API key (X-API-Key, or
     Authorization: Bearer), never an administrator's, and the context headers of the call: X-Tags, X-Session-Id,
-    X-User-Id. A key or header that would refuse the call refuses these with the same reason.
+    X-User-Id. A key or header that would refuse the call refuses these with the same reason. Until the counters are what
+    the ledger says, both are refused with COUNTERS_NOT_READY, as every call is.
     """
 
     @staticmethod

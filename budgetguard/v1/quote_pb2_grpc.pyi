@@ -29,7 +29,8 @@ GRPC_VERSION: str
 class QuoteServiceStub:
     """What a call would be told, for the apps that make calls. Both methods take a tenant's API key (X-API-Key, or
     Authorization: Bearer), never an administrator's, and the context headers of the call: X-Tags, X-Session-Id,
-    X-User-Id. A key or header that would refuse the call refuses these with the same reason.
+    X-User-Id. A key or header that would refuse the call refuses these with the same reason. Until the counters are what
+    the ledger says, both are refused with COUNTERS_NOT_READY, as every call is.
     """
 
     @_typing.overload
@@ -50,7 +51,8 @@ class QuoteServiceStub:
 class QuoteServiceAsyncStub(QuoteServiceStub):
     """What a call would be told, for the apps that make calls. Both methods take a tenant's API key (X-API-Key, or
     Authorization: Bearer), never an administrator's, and the context headers of the call: X-Tags, X-Session-Id,
-    X-User-Id. A key or header that would refuse the call refuses these with the same reason.
+    X-User-Id. A key or header that would refuse the call refuses these with the same reason. Until the counters are what
+    the ledger says, both are refused with COUNTERS_NOT_READY, as every call is.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -67,7 +69,8 @@ class QuoteServiceAsyncStub(QuoteServiceStub):
 class QuoteServiceServicer(metaclass=_abc_1.ABCMeta):
     """What a call would be told, for the apps that make calls. Both methods take a tenant's API key (X-API-Key, or
     Authorization: Bearer), never an administrator's, and the context headers of the call: X-Tags, X-Session-Id,
-    X-User-Id. A key or header that would refuse the call refuses these with the same reason.
+    X-User-Id. A key or header that would refuse the call refuses these with the same reason. Until the counters are what
+    the ledger says, both are refused with COUNTERS_NOT_READY, as every call is.
     """
 
     @_abc_1.abstractmethod

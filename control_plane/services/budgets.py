@@ -36,9 +36,9 @@ class Budgets(Protocol):
 
 
 class CounterReader(Protocol):
-    """What is spent and held now."""
+    """What is spent and held now; see ``StandingReader``."""
 
-    async def read_counters(self, tenant_id: str, names: Sequence[str]) -> list[tuple[int, int]]: ...
+    async def counted(self, tenant_id: str, names: Sequence[str]) -> list[tuple[int, int]] | None: ...
 
 
 class TenantPublisher(Protocol):
@@ -76,6 +76,10 @@ class BudgetService(budget_pb2_grpc.BudgetServiceServicer):
     async def SetBudgets(self, request: budget_pb2.SetBudgetsRequest, _context: Any) -> budget_pb2.SetBudgetsResponse:
         if len(request.budgets) > BUDGETS_PER_TENANT_MAX:
             raise InvalidError("budgets", f"expected at most {BUDGETS_PER_TENANT_MAX} budgets")
+        if request.delete_all and request.budgets:
+            raise InvalidError("delete_all", "expected it only without budgets")
+        if not request.budgets and not request.delete_all:
+            raise InvalidError("budgets", "expected at least one budget; delete_all deletes every budget of the tenant")
         budgets = await self._budgets.set_many(
             budget_drafts(request.budgets, new_id=self._new_id),
             actor=ACTOR,
@@ -135,14 +139,17 @@ class BudgetService(budget_pb2_grpc.BudgetServiceServicer):
         windows = [None if budget.each else bounds(budget.spec(), now_ms) for budget in budgets]
         open_ = [(budget, window) for budget, window in zip(budgets, windows, strict=True) if window is not None]
         counted: dict[str, tuple[int, int]] = {}
-        if open_:
+        ready = True
+        if budgets:
             names = [counter_name(budget.spec(), window) for budget, window in open_]
             try:
-                rows = await self._counters.read_counters(budgets[0].tenant_id, names)
-                counted = {budget.budget_id: row for (budget, _), row in zip(open_, rows, strict=True)}
+                rows = await self._counters.counted(budgets[0].tenant_id, names)
             except CountersUnavailableError:
                 logger.warning("budgets told without their counters", exc_info=True)
+            else:
+                ready = rows is not None
+                counted = {budget.budget_id: row for (budget, _), row in zip(open_, rows or (), strict=ready)}
         return [
-            budget_message(budget, window=window, counted=counted.get(budget.budget_id), now_ms=now_ms)
+            budget_message(budget, window=window, counted=counted.get(budget.budget_id), ready=ready, now_ms=now_ms)
             for budget, window in zip(budgets, windows, strict=True)
         ]

@@ -24,16 +24,17 @@ class CorrectionService(correction_pb2_grpc.CorrectionServiceServicer):
         self, request: correction_pb2.CorrectOperationRequest, _context: Any
     ) -> correction_pb2.Correction:
         amount_nanos = _amount(request.amount_usd)
-        before = await self._corrections.correct_one(
+        corrected = await self._corrections.correct_one(
             request.operation_id, amount_nanos=amount_nanos, reason=request.reason, actor=ACTOR
         )
+        row, before = corrected.row, corrected.before
         return correction_pb2.Correction(
-            operation_id=before.operation_id,
-            tenant_id=before.tenant_id,
-            amount_usd=format_usd(amount_nanos),
+            operation_id=row.operation_id,
+            tenant_id=row.tenant_id,
+            amount_usd=format_usd(row.amount_nanos),
             previous_usd=format_usd(before.amount_nanos),
             previous_end=ENDS[before.end],
-            sequence=before.sequence + 1,
+            sequence=row.sequence,
         )
 
     async def CorrectOperations(

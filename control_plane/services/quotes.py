@@ -1,7 +1,7 @@
 """QuoteService."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from budgetguard.core.admission import HoldPlan
@@ -36,15 +36,10 @@ class Prices(Protocol):
 
 
 class Standings(Protocol):
-    """What the counters say of a call; raises ``CountersUnavailableError``."""
+    """What the counters say; see ``StandingReader``. Raises ``CountersUnavailableError``."""
 
     async def read(self, request: Reserve) -> Standing: ...
-
-
-class CounterReader(Protocol):
-    """What is spent and held now; raises ``CountersUnavailableError``."""
-
-    async def read_counters(self, tenant_id: str, names: list[str]) -> list[tuple[int, int]]: ...
+    async def counted(self, tenant_id: str, names: Sequence[str]) -> list[tuple[int, int]] | None: ...
 
 
 class QuoteService(quote_pb2_grpc.QuoteServiceServicer):
@@ -56,13 +51,11 @@ class QuoteService(quote_pb2_grpc.QuoteServiceServicer):
         callers: Callers,
         prices: Prices,
         standings: Standings,
-        counters: CounterReader,
         now_ms: Callable[[], int],
     ) -> None:
         self._callers = callers
         self._prices = prices
         self._standings = standings
-        self._counters = counters
         self._now_ms = now_ms
 
     async def Quote(self, request: quote_pb2.QuoteRequest, context: Any) -> quote_pb2.QuoteResponse:
@@ -74,6 +67,8 @@ class QuoteService(quote_pb2_grpc.QuoteServiceServicer):
         facts = _parse(api, body)
         asked, plan = self._reserve(caller, api, facts)
         standing = await self._standings.read(asked)
+        if not standing.ready:
+            raise DeniedError(Deny(Reason.COUNTERS_NOT_READY))
         answer = verdict(asked, standing)
         message = quote_pb2.QuoteResponse(
             cost_min_usd=format_usd(asked.input_nanos),
@@ -120,7 +115,9 @@ class QuoteService(quote_pb2_grpc.QuoteServiceServicer):
             # Without a model, or a provider, no template of them has a subject.
             if limit.subject or limit.scope is SubjectKind.TENANT
         ]
-        counted = await self._counters.read_counters(facts.tenant_id, [limit.counter for limit in limits])
+        counted = await self._standings.counted(facts.tenant_id, [limit.counter for limit in limits])
+        if counted is None:
+            raise DeniedError(Deny(Reason.COUNTERS_NOT_READY))
         specs = {spec.budget_id: spec for spec in caller.tenant.budgets}
         return quote_pb2.ListOwnBudgetsResponse(
             budgets=[

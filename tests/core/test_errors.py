@@ -11,6 +11,7 @@ from budgetguard.core.errors import (
     InvalidError,
     NotFoundError,
     NotPublishedError,
+    OperationChangedError,
     RequestIdReusedError,
 )
 
@@ -27,6 +28,7 @@ from budgetguard.core.errors import (
             ("tenant", "acme"),
         ),
         (EtagMismatchError("budget", "b1", etag="3"), "ABORTED", AdminReason.ETAG_MISMATCH, ("budget", "b1")),
+        (OperationChangedError("op-1"), "ABORTED", AdminReason.OPERATION_CHANGED, ("operation", "op-1")),
         (RequestIdReusedError("r1"), "ALREADY_EXISTS", AdminReason.REQUEST_ID_REUSED, ("request_id", "r1")),
         (AdminKeyError(missing=True), "UNAUTHENTICATED", AdminReason.ADMIN_KEY_MISSING, None),
         (AdminKeyError(missing=False), "UNAUTHENTICATED", AdminReason.ADMIN_KEY_WRONG, None),

@@ -11,6 +11,8 @@ import httpx
 _NUMBERS = count(1)
 # How long the ledger may lag behind the counters before a test calls it lost.
 DRAIN_SECONDS = 20.0
+# How long counters may take to be rebuilt.
+REBUILD_SECONDS = 40.0
 
 
 @dataclass
@@ -35,11 +37,17 @@ class TenantUnderTest:
         return self.budgets
 
     def budget(self) -> tuple[Decimal, Decimal]:
-        """Return spent and held of the tenant's one budget, in dollars."""
-        answer = self.http.get(f"/admin/tenant/{self.tenant_id}/budgets")
-        assert answer.status_code == 200, answer.text
-        (budget,) = answer.json()["budgets"]
-        window = budget["window"]
+        """Return spent and held of the tenant's one budget, in dollars, once the counters are to be trusted."""
+        deadline = time.monotonic() + REBUILD_SECONDS
+        while True:
+            answer = self.http.get(f"/admin/tenant/{self.tenant_id}/budgets")
+            assert answer.status_code == 200, answer.text
+            (budget,) = answer.json()["budgets"]
+            window = budget.get("window")
+            if window is not None:
+                break
+            assert time.monotonic() < deadline, f"no figures after {REBUILD_SECONDS} s: {budget}"
+            time.sleep(0.1)
         return Decimal(window["spentUsd"]), Decimal(window["heldUsd"])
 
     def rows(self, *, at_least: int, seconds: float = DRAIN_SECONDS) -> list[dict[str, Any]]:

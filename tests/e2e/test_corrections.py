@@ -48,12 +48,38 @@ def test_a_correction_moves_the_budget_and_the_ledger_and_can_be_corrected(new_t
     assert (newest["end"], newest["amountUsd"], newest["detail"]) == ("CORRECTED", "0.25", "as the invoice says")
     assert newest["units"] == row["units"]
     assert Decimal(newest["deltaUsd"]) == Decimal("0.25") - Decimal(row["amountUsd"])
-    # Sent again it changes nothing.
-    assert correct(tenant, operation_id, "0.25").status_code == 200
+    # Sent again it changes nothing and is told the same, for whatever reason.
+    assert told["sequence"] == newest["sequence"]
+    assert correct(tenant, operation_id, "0.25").json() == told
+    assert correct(tenant, operation_id, "0.25", reason="once more").json() == told
     assert len(tenant.rows(at_least=2)) == 2
     assert correct(tenant, operation_id, "0", reason="a test call").json()["previousUsd"] == "0.25"
     spent_becomes(tenant, Decimal(0))
     assert tenant.ledger_sum(at_least=3) == 0
+
+
+async def test_of_corrections_at_once_one_is_made_and_the_others_are_told_to_read_again(new_tenant):
+    tenant = new_tenant(monthly("1"))
+    operation_id = a_call(tenant)
+    tenant.rows(at_least=1)
+    amounts = [f"0.0{number}" for number in range(1, 7)]
+    answers = await asyncio.gather(*(asyncio.to_thread(correct, tenant, operation_id, amount) for amount in amounts))
+    made = [answer.json()["amountUsd"] for answer in answers if answer.status_code == 200]
+    for answer in answers:
+        if answer.status_code != 200:
+            assert answer.status_code == 409, answer.text
+            assert (answer.json()["code"], "OPERATION_CHANGED" in answer.text) == (10, True)
+    # Whoever came late enough to read what was made corrected that, which is no conflict.
+    rows = tenant.rows(at_least=1 + len(made))
+    assert len(rows) == 1 + len(made)
+    assert {row["amountUsd"] for row in rows if row["end"] == "CORRECTED"} == set(made)
+    spent_becomes(tenant, Decimal(rows[0]["amountUsd"]))
+    # The same, six times at once, is one correction with one answer.
+    answers = await asyncio.gather(*(asyncio.to_thread(correct, tenant, operation_id, "0.5") for _ in amounts))
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.text for answer in answers}) == 1
+    assert len(tenant.rows(at_least=2 + len(made))) == 2 + len(made)
+    spent_becomes(tenant, Decimal("0.5"))
 
 
 def test_what_cannot_be_corrected_is_refused_by_name(new_tenant):

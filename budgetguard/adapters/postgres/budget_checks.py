@@ -1,11 +1,11 @@
 """Which budgets there can be."""
 
-from zoneinfo import ZoneInfo
-
+from budgetguard.core.context import TEXT_CHARS_MAX, is_context_text
 from budgetguard.core.entities import (
     ROLLING_MS_MAX,
     ROLLING_MS_MIN,
     SUBJECT_CHARACTERS_MAX,
+    SUBJECT_FIELDS,
     SUBJECTS_MAX,
     SUBJECTS_MAX_DEFAULT,
     THRESHOLD_BPS_MAX,
@@ -16,6 +16,7 @@ from budgetguard.core.errors import FieldViolation, InvalidError
 from budgetguard.core.money import COUNTER_NANOS_MAX
 from budgetguard.core.snapshot import SubjectKind, WindowKind
 from budgetguard.core.window import ANCHOR_DAY_MAX, ANCHORED_MONTHS, CALENDAR
+from budgetguard.core.zones import ZONE_EXPECTED, zone_names
 
 
 def check_draft(draft: BudgetDraft, *, path: str = "") -> None:
@@ -54,19 +55,29 @@ def _check_subject(draft: BudgetDraft) -> None:
     unnamed = draft.each or draft.subject_kind is SubjectKind.TENANT
     if unnamed != (draft.subject == ""):
         raise InvalidError("subject", "expected a subject's id, and nothing for TENANT and templates")
-    if len(draft.subject) > SUBJECT_CHARACTERS_MAX or not draft.subject.isprintable():
-        raise InvalidError("subject", f"expected at most {SUBJECT_CHARACTERS_MAX} printable characters")
+    if draft.subject:
+        _check_subject_s_name(draft.subject_kind, draft.subject)
     if not draft.each and draft.subjects_max != SUBJECTS_MAX_DEFAULT:
         raise InvalidError("subjects_max", "expected none: only a template has many subjects")
     if not 0 < draft.subjects_max <= SUBJECTS_MAX:
         raise InvalidError("subjects_max", f"expected 1 to {SUBJECTS_MAX}")
 
 
+def _check_subject_s_name(kind: SubjectKind, subject: str) -> None:
+    """Hold a name against what calls can say of themselves: any other would limit nothing."""
+    field = SUBJECT_FIELDS[kind]
+    if kind in (SubjectKind.SESSION, SubjectKind.END_USER):
+        # A header's value comes without the spaces around it.
+        if subject != subject.strip() or not is_context_text(subject):
+            expected = f"at most {TEXT_CHARS_MAX} characters, none of them a control character, no space around them"
+            raise InvalidError(field, f"expected {expected}")
+    elif len(subject) > SUBJECT_CHARACTERS_MAX or not subject.isprintable():
+        raise InvalidError(field, f"expected at most {SUBJECT_CHARACTERS_MAX} printable characters")
+
+
 def _check_window(draft: BudgetDraft) -> None:
-    try:
-        ZoneInfo(draft.zone)
-    except (OSError, ValueError, LookupError):
-        raise InvalidError("zone", "expected an IANA time zone, such as Europe/Berlin") from None
+    if draft.zone not in zone_names():
+        raise InvalidError("zone", f"expected {ZONE_EXPECTED}")
     dates = (draft.starts_at_ms, draft.ends_at_ms)
     if draft.window is WindowKind.FIXED:
         if draft.starts_at_ms is None or draft.ends_at_ms is None or draft.starts_at_ms >= draft.ends_at_ms:

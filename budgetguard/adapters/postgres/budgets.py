@@ -5,6 +5,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any
 
 from budgetguard.adapters.postgres.budget_checks import check_draft
+from budgetguard.adapters.postgres.budget_subjects import check_subject
 from budgetguard.adapters.postgres.journal import keep_answer, replayed_answer, write_audit
 from budgetguard.adapters.postgres.paging import make_page, page_limit, read_token
 from budgetguard.adapters.postgres.pool import Connection, Database, moment_or_none
@@ -59,7 +60,7 @@ class BudgetRepository:
             NotFoundError: there is no such tenant, or the tenant has no such API key.
             AlreadyExistsError: the id is taken.
             RequestIdReusedError: the request id came with another body before.
-            InvalidError: a value cannot be.
+            InvalidError: a value cannot be, or no call can be of such a subject.
         """
         check_draft(draft)
         # The id is made anew for each attempt, so it is no part of what makes two requests the same.
@@ -87,7 +88,8 @@ class BudgetRepository:
         Raises:
             NotFoundError: there is no such tenant, or the tenant has no such API key.
             AlreadyExistsError: a new budget's id is taken.
-            InvalidError: a value cannot be (``budgets[1].limit_nanos``), or two drafts have one subject and window.
+            InvalidError: a value cannot be (``budgets[1].limit_nanos``), no call can be of a subject, or two drafts
+                have one subject and window.
         """
         for index, draft in enumerate(drafts):
             check_draft(draft, path=f"budgets[{index}].")
@@ -97,10 +99,11 @@ class BudgetRepository:
             await lock_tenant(connection, tenant_id)
             standing = {_identity(budget): budget for budget in reversed(await live_budgets(connection, tenant_id))}
             budgets: list[Budget] = []
-            for draft in drafts:
+            for index, draft in enumerate(drafts):
                 known = standing.get(_identity(draft))
                 if known is None:
-                    budgets.append(await _insert(connection, tenant_id, draft, actor=actor))
+                    place = f"budgets[{index}]."
+                    budgets.append(await _insert(connection, tenant_id, draft, actor=actor, path=place))
                 else:
                     wanted = replace(known, **{field: getattr(draft, field) for field in _TERMS})
                     budgets.append(await _write(connection, known, wanted, actor=actor))
@@ -299,15 +302,8 @@ async def lock_budget(connection: Connection, budget_id: str) -> Budget:
     return await read_budget(connection, budget_id)
 
 
-async def _insert(connection: Connection, tenant_id: str, draft: BudgetDraft, *, actor: str) -> Budget:
-    if (
-        draft.subject_kind is SubjectKind.API_KEY
-        and not draft.each
-        and not await connection.fetchval(
-            "SELECT true FROM api_keys WHERE key_id = $1 AND tenant_id = $2", draft.subject, tenant_id
-        )
-    ):
-        raise NotFoundError("api key", draft.subject)
+async def _insert(connection: Connection, tenant_id: str, draft: BudgetDraft, *, actor: str, path: str = "") -> Budget:
+    await check_subject(connection, tenant_id, draft, path=path)
     row = await connection.fetchrow(
         f"""
         INSERT INTO budgets (budget_id, tenant_id, subject_kind, subject, window_kind, zone, mode, limit_nanos,

@@ -1,4 +1,4 @@
-"""Reads all that decides one call, and writes nothing. Used by the control plane only, to quote calls."""
+"""Reads how counters stand, as far as they are to be trusted, and writes nothing. Used by the control plane only."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ from budgetguard.adapters.redis.reconciling import CounterBook
 from budgetguard.adapters.redis.spelling import fields_of
 from budgetguard.core.budget import AppliedLimit, Reserve
 from budgetguard.core.counter import idle_before_ms, read_name, template_of
+from budgetguard.core.counting import as_of
 from budgetguard.core.quoting import Standing
 from budgetguard.core.rate_limit import Minute
 
@@ -15,7 +16,7 @@ _BOUNDS = ("total", "first", "last")
 
 
 class StandingReader:
-    """The counters of one Redis as one call would meet them. ``read`` may raise ``CountersUnavailableError``."""
+    """The counters of one Redis as one call would meet them. Every method may raise ``CountersUnavailableError``."""
 
     def __init__(self, redis: RedisClient) -> None:
         self._redis = redis
@@ -41,6 +42,21 @@ class StandingReader:
             key_requests=_minute(key_requests),
             full=await self._full(tenant_id, limits, request.now_ms),
         )
+
+    async def generation(self, tenant_id: str) -> str:
+        """Name the data that a tenant's records and counters are part of; empty while they are not signed off."""
+        return (await self._book.read(tenant_id, [])).generation
+
+    async def counted(self, tenant_id: str, names: Sequence[str]) -> list[tuple[int, int]] | None:
+        """Read (spent, held) of each counter as of its name's bucket; ``None`` while the counters are not signed off.
+
+        Until then a counter that is not there is lost, not 0.
+        """
+        reading = await self._book.read(tenant_id, names)
+        if not reading.generation:
+            return None
+        counters = [as_of(counter, read_name(name)) for counter, name in zip(reading.counters, names, strict=True)]
+        return [(counter.spent, counter.held + counter.seed) for counter in counters]
 
     async def _full(self, tenant_id: str, limits: Sequence[AppliedLimit], now_ms: int) -> frozenset[int]:
         full: set[int] = set()

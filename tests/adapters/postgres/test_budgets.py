@@ -1,12 +1,15 @@
 import asyncio
 from dataclasses import replace
+from decimal import Decimal
 
 import pytest
 
 from budgetguard.adapters.postgres.api_keys import ApiKeyRepository
 from budgetguard.adapters.postgres.budgets import BudgetRepository
+from budgetguard.adapters.postgres.catalog import CatalogRepository
+from budgetguard.adapters.postgres.tags import TagRepository
 from budgetguard.adapters.postgres.tenants import TenantRepository
-from budgetguard.core.entities import BUDGETS_PER_TENANT_MAX, BudgetDraft
+from budgetguard.core.entities import BUDGETS_PER_TENANT_MAX, BudgetDraft, Provider, TagStatus
 from budgetguard.core.errors import (
     AlreadyExistsError,
     EtagMismatchError,
@@ -15,6 +18,7 @@ from budgetguard.core.errors import (
     RequestIdReusedError,
 )
 from budgetguard.core.money import COUNTER_NANOS_MAX
+from budgetguard.core.pricing import PriceOverride
 from budgetguard.core.snapshot import Mode, SubjectKind, WindowKind
 
 
@@ -94,8 +98,12 @@ async def test_dates_belong_to_fixed_windows(budgets):
         ({"starts_at_ms": 1}, "starts_at_ms"),
         ({"subject_kind": SubjectKind.TAG, "each": True, "subject": "x"}, "each"),
         ({"each": True}, "each"),
-        ({"subject_kind": SubjectKind.SESSION, "subject": "x" * 257}, "subject"),
-        ({"subject_kind": SubjectKind.SESSION, "subject": "a\nb"}, "subject"),
+        ({"subject_kind": SubjectKind.SESSION, "subject": "x" * 201}, "session_id"),
+        ({"subject_kind": SubjectKind.SESSION, "subject": "a\nb"}, "session_id"),
+        ({"subject_kind": SubjectKind.SESSION, "subject": " s"}, "session_id"),
+        ({"subject_kind": SubjectKind.END_USER, "subject": " "}, "end_user"),
+        ({"subject_kind": SubjectKind.MODEL, "subject": "m" * 257}, "model"),
+        ({"subject_kind": SubjectKind.TAG, "subject": "a\nb"}, "tag_id"),
         ({"subject_kind": SubjectKind.SESSION, "each": True, "subjects_max": 0}, "subjects_max"),
         ({"subject_kind": SubjectKind.SESSION, "each": True, "subjects_max": 1_000_001}, "subjects_max"),
         ({"subjects_max": 5}, "subjects_max"),
@@ -331,7 +339,64 @@ async def test_another_kind_of_window_drops_what_belonged_to_the_old_one(budgets
     assert invalid.value.violations[0].field == "rolling_ms"
 
 
-async def test_setting_many_tells_budgets_apart_by_subject_and_window(budgets):
+@pytest.fixture
+async def provider(database):
+    row = Provider(provider_id="openai", kind="openai", base_url="https://a.example", api_key_env="A")
+    return await CatalogRepository(database).put_provider(row, actor="a")
+
+
+async def test_a_budget_is_for_what_calls_can_be_of(budgets, database, provider):
+    tags, catalog = TagRepository(database), CatalogRepository(database)
+    await tags.create(actor="a", tenant_id="other", tag_id="theirs", name="t")
+    closed = await tags.create(actor="a", tenant_id="acme", tag_id="closed", name="t")
+    await tags.update("acme", closed.tag_id, {"status": TagStatus.INACTIVE}, actor="a")
+    usd = {"input_tokens": Decimal(1), "output_tokens": Decimal(1)}
+    for model, starts_at_ms, ends_at_ms in (("ours", 0, None), ("planned", 2**42, None), ("past", 0, 1_000)):
+        price = PriceOverride(model, "openai", model, usd, starts_at_ms=starts_at_ms, ends_at_ms=ends_at_ms)
+        await catalog.put_price(price, actor="a")
+    subjects = {
+        (SubjectKind.TAG, "tag_id"): {"closed": True, "theirs": False, "typo": False, "é☃🙂": False, " ": False},
+        (SubjectKind.PROVIDER, "provider_id"): {"openai": True, "x": False},
+        (SubjectKind.MODEL, "model"): {
+            "gpt-4o-mini": True,
+            "ours": True,
+            "planned": True,
+            "past": False,
+            "claude-3-5-haiku-latest": False,  # its prices are shipped, but nobody provides it
+            "gpt-4o-mimi": False,
+        },
+        (SubjectKind.SESSION, "session_id"): {"nobody's yet, ☃": True},
+        (SubjectKind.END_USER, "end_user"): {"a@example.org": True},
+    }
+    for (kind, field), known in subjects.items():
+        for number, (subject, exists) in enumerate(known.items()):
+            budget_id = f"{kind.value.lower()}-{number}"
+            if exists:
+                await create(budgets, budget_id, subject_kind=kind, subject=subject)
+                continue
+            with pytest.raises(InvalidError) as invalid:
+                await create(budgets, budget_id, subject_kind=kind, subject=subject)
+            assert [v.field for v in invalid.value.violations] == [field], subject
+            drafts = [draft("x"), draft("y", subject_kind=kind, subject=subject)]
+            with pytest.raises(InvalidError) as invalid:
+                await budgets.set_many(drafts, actor="a", tenant_id="acme")
+            assert [v.field for v in invalid.value.violations] == [f"budgets[1].{field}"]
+
+
+async def test_a_budget_that_is_there_can_be_set_again_when_its_model_is_gone(budgets, database, provider):
+    catalog = CatalogRepository(database)
+    price = PriceOverride("p", "openai", "ours", {"input_tokens": Decimal(1), "output_tokens": Decimal(1)})
+    await catalog.put_price(price, actor="a")
+    (first,) = await budgets.set_many(
+        [draft(subject_kind=SubjectKind.MODEL, subject="ours")], actor="a", tenant_id="acme"
+    )
+    await catalog.put_price(replace(price, ends_at_ms=1_000), actor="a")
+    again = [draft("b2", subject_kind=SubjectKind.MODEL, subject="ours", limit_nanos=7)]
+    (second,) = await budgets.set_many(again, actor="a", tenant_id="acme")
+    assert (second.budget_id, second.limit_nanos) == (first.budget_id, 7)
+
+
+async def test_setting_many_tells_budgets_apart_by_subject_and_window(budgets, provider):
     drafts = [
         draft("b1"),
         draft("b2", zone="Asia/Tokyo"),
@@ -340,7 +405,7 @@ async def test_setting_many_tells_budgets_apart_by_subject_and_window(budgets):
         draft("b5", window=WindowKind.ROLLING, rolling_ms=60_001),
         draft("b6", subject_kind=SubjectKind.SESSION, subject="s"),
         draft("b7", subject_kind=SubjectKind.SESSION, each=True),
-        draft("b8", subject_kind=SubjectKind.MODEL, subject="s"),
+        draft("b8", subject_kind=SubjectKind.MODEL, subject="gpt-4o"),
     ]
     first = await budgets.set_many(drafts, actor="a", tenant_id="acme")
     again = [replace(one, budget_id=f"again-{one.budget_id}", threshold_bps=(9,)) for one in drafts]

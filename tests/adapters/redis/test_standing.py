@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from budgetguard.adapters.redis import keys
 from budgetguard.adapters.redis.counters import Counters
+from budgetguard.adapters.redis.epoch import Epoch
 from budgetguard.adapters.redis.standing import StandingReader
 from budgetguard.core.budget import Refusal, Reserved
 from budgetguard.core.quoting import verdict
@@ -63,3 +65,28 @@ async def test_a_quote_is_what_the_next_call_gets(ready_redis, seed):
             await counters.settle(settlement, now_ms=now_ms)
     assert "RESERVED" in kinds
     assert kinds & {Refusal.SUBJECTS, Refusal.BUDGET, Refusal.CALLS, Refusal.TOKENS, Refusal.RATE}
+
+
+async def test_counters_that_are_not_signed_off_have_no_figures(ready_redis):
+    counters, reader, epoch = Counters(ready_redis), StandingReader(ready_redis), Epoch(ready_redis)
+    rolling = a_budget("roll", 3000, window=WindowKind.ROLLING, rolling_ms=60_000)
+    tenant = a_tenant(a_budget("month", 5000), rolling)
+    await counters.publish_tenant(tenant)
+    await counters.publish_key(a_key())
+    now_ms = int(time.time() * 1000)
+    request = a_reserve(tenant, now_ms=now_ms, input_nanos=100)
+    held = await counters.reserve(request)
+    names = list(held.counters)
+    assert await reader.counted("acme", names) == await counters.read_counters("acme", names)
+    handoff = the_handoff(request, held)
+    await counters.settle(a_settlement(handoff, 60), now_ms=now_ms)
+    assert await reader.counted("acme", names) == [(60, 0), (60, 0)]
+    assert await reader.counted("acme", []) == []
+    before = await reader.generation("acme")
+    await ready_redis.command("FLUSHALL")
+    assert await reader.counted("acme", names) is None
+    assert await reader.counted("acme", []) is None
+    assert await reader.generation("acme") == ""
+    await epoch.sign_off(keys.shard_of("acme"), await epoch.run_id())
+    assert await reader.counted("acme", names) == [(0, 0), (0, 0)]
+    assert await reader.generation("acme") not in ("", before)

@@ -4,10 +4,11 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import grpc
+import httpx
 import pytest
 
 from budgetguard.v1 import budget_pb2, budget_pb2_grpc, top_up_pb2, top_up_pb2_grpc
-from tests.services.control_plane.conftest import METADATA
+from tests.services.control_plane.conftest import ADMIN_KEY, METADATA
 from tests.services.control_plane.test_rest import reason, violations
 
 
@@ -22,6 +23,22 @@ def budget(rest, tenant_id):
     return answer.json()
 
 
+@pytest.fixture(scope="session")
+def provider(edge_url):
+    """A provider, whose models have prices."""
+    body = {"kind": "openai", "baseUrl": "http://127.0.0.1:1", "apiKeyEnv": "OPENAI_API_KEY", "enabled": False}
+    url = f"{edge_url}/v1/admin/providers/openai"
+    answer = httpx.put(url, json=body, headers={"X-Admin-Key": ADMIN_KEY}, timeout=20)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.fixture
+def team_a(rest, tenant_id):
+    answer = rest.post(f"/admin/tenant/{tenant_id}/tags", json={"tagId": "team-a"})
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.usefixtures("provider", "team_a")
 @pytest.mark.parametrize(
     "body",
     [
@@ -93,13 +110,24 @@ def test_a_template_has_no_window_of_its_own(rest, tenant_id):
         ({"tagId": "a", "model": "b"}, "model"),
         ({"tagId": "a", "each": "tag"}, "tagId"),
         ({"apiKeyId": "k", "sessionId": "s"}, "sessionId"),
-        ({"sessionId": "x" * 257}, "sessionId"),
+        ({"sessionId": "x" * 201}, "sessionId"),
+        ({"sessionId": " s"}, "sessionId"),
         ({"endUser": "a\nb"}, "endUser"),
+        ({"endUser": " "}, "endUser"),
+        ({"tagId": "typo"}, "tagId"),
+        ({"tagId": "é☃🙂"}, "tagId"),
+        ({"tagId": " "}, "tagId"),
+        ({"providerId": "x"}, "providerId"),
+        ({"model": "gpt-4o-mimi"}, "model"),
         ({"each": "tenant"}, "each"),
         ({"subjectsMax": 5}, "subjectsMax"),
         ({"each": "tag", "subjectsMax": 1_000_001}, "subjectsMax"),
         ({"each": "tag", "subjectsMax": -1}, "subjectsMax"),
         ({"timeZone": "Mars/Olympus"}, "timeZone"),
+        ({"timeZone": "localtime"}, "timeZone"),
+        ({"timeZone": "posixrules"}, "timeZone"),
+        ({"timeZone": "Factory"}, "timeZone"),
+        ({"timeZone": "posix/Europe/Berlin"}, "timeZone"),
         ({"period": "custom", "startDate": "2026-01-01", "endDate": "2026-01-02", "timeZone": "X"}, "timeZone"),
         ({"anchorDay": 32}, "anchorDay"),
         ({"anchorDay": -1}, "anchorDay"),

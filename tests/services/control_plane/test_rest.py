@@ -169,7 +169,27 @@ def test_the_same_budgets_again_change_nothing_and_others_are_removed(rest, tena
     third = rest.post(path, json={"budgets": both[:1]}).json()["budgets"]
     assert [one["id"] for one in third] == [second[0]["id"]]
     assert rest.get(path).json()["budgets"] == third
-    assert rest.post(path, json={}).json()["budgets"] == []
+    assert rest.post(path, json={"deleteAll": True}).json()["budgets"] == []
+    assert rest.get(path).json()["budgets"] == []
+
+
+@pytest.mark.parametrize("path", ["/admin/tenant/{}/budgets", "/v1/admin/tenants/{}/budgets"])
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ("", "budgets"),
+        ("{}", "budgets"),
+        ('{"budgets": null}', "budgets"),
+        ('{"budgets": []}', "budgets"),
+        ('{"deleteAll": false}', "budgets"),
+        ('{"deleteAll": true, "budgets": [{"period": "daily", "amountUsd": 1}]}', "deleteAll"),
+    ],
+)
+def test_budgets_are_deleted_on_purpose_only(rest, tenant_id, path, body, field):
+    kept = rest.post(f"/admin/tenant/{tenant_id}/budgets", json={"budgets": [{"period": "weekly", "amountUsd": 2}]})
+    method = "PUT" if path.startswith("/v1") else "POST"
+    assert list(violations(rest.request(method, path.format(tenant_id), content=body))) == [field]
+    assert rest.get(f"/admin/tenant/{tenant_id}/budgets").json()["budgets"] == kept.json()["budgets"]
 
 
 def test_the_path_decides_and_a_body_may_not_contradict_it(rest, tenant_id):
@@ -197,7 +217,7 @@ def test_a_forgotten_limit_does_not_become_unlimited(rest, tenant_id):
         ("GET", "/admin/tenant/nobody/ratelimit"),
         ("GET", "/admin/tenant/nobody/usage"),
         ("POST", "/admin/tenant/nobody/apikeys"),
-        ("POST", "/admin/tenant/nobody/budgets"),
+        ("POST", "/admin/tenant/nobody/budgets?delete_all=true"),
         ("DELETE", "/admin/budget/nothing"),
         ("DELETE", "/admin/apikey/nothing"),
         ("DELETE", "/admin/tenant/nobody"),

@@ -175,6 +175,13 @@ def test_an_overdrawn_budget_has_nothing_left():
     assert (answer.window.spent_usd, answer.window.remaining_usd) == ("2", "0")
 
 
+def test_while_counters_are_rebuilt_a_budget_says_so_instead_of_a_figure():
+    request = budget_pb2.GetBudgetRequest(budget_id="b1")
+    answer, _, code, _ = call(budgets_with(Answering(None)), BUDGETS, "GetBudget", request)
+    assert code is grpc.StatusCode.OK
+    assert (answer.HasField("window"), answer.state) == (False, budget_pb2.Budget.REBUILDING)
+
+
 def test_a_budget_is_told_without_its_window_when_redis_is_down():
     service = budgets_with(Answering(CountersUnavailableError("down")))
     answer, _, code, _ = call(service, BUDGETS, "GetBudget", budget_pb2.GetBudgetRequest(budget_id="b1"))

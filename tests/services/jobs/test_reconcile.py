@@ -11,10 +11,12 @@ from budgetguard.adapters.postgres.audit_trail import AuditTrail
 from budgetguard.adapters.postgres.ledger_activity import LedgerActivity
 from budgetguard.adapters.postgres.ledger_reader import LedgerReader
 from budgetguard.adapters.postgres.refusals import RefusalRepository
+from budgetguard.adapters.postgres.tags import TagRepository
 from budgetguard.adapters.redis import keys
 from budgetguard.core.attempt_counts import Tally
 from budgetguard.core.budget import Refusal, Reserved
 from budgetguard.core.counter import counter_name
+from budgetguard.core.entities import Provider
 from budgetguard.core.operation import End
 from budgetguard.core.reasons import Reason
 from budgetguard.core.snapshot import SubjectKind, WindowKind
@@ -119,6 +121,7 @@ async def test_every_kind_of_counter_gets_its_past_and_keeps_it(plane, changes, 
     older = await call("op-2", 50, settle=False, tags=("eng", "web"), session_id="s2")
     await call("op-3", 7)  # nobody's
     await drain_all(plane)
+    await TagRepository(plane.database).create(actor="a", tenant_id="acme", tag_id="eng", name="eng")
     await plane.make_budget("new", **changes)
     await plane.publisher.publish("acme")
     spec = next(spec for spec in (await plane.counters.load_tenant("acme")).budgets if spec.budget_id == "new")
@@ -165,6 +168,8 @@ async def test_a_model_has_one_counter_whatever_it_is_called_also_when_it_is_reb
         await call(number, model)
         await call(number + 3, model, settle=False)
     await drain_all(plane)
+    provider = Provider(provider_id="openai", kind="openai", base_url="https://api.openai.com", api_key_env="")
+    await plane.catalog.put_provider(provider, actor="a")
     subjects = {"family": "gpt-4o-mini", "snapshot": SPELLINGS[2]}
     for budget_id, subject in subjects.items():
         await plane.make_budget(budget_id, subject_kind=SubjectKind.MODEL, subject=subject)

@@ -1,0 +1,107 @@
+"""Who calls with a tenant's key, and what they are told while Redis has lost the records and the counters."""
+
+import asyncio
+import time
+
+import asyncpg
+
+from budgetguard.adapters.redis import keys
+from budgetguard.adapters.redis.client import RedisClient
+from budgetguard.adapters.redis.counters import Counters
+from budgetguard.adapters.redis.epoch import Epoch
+from budgetguard.adapters.redis.standing import StandingReader
+from budgetguard.core.api_key import format_api_key, hash_secret, parse_api_key
+from budgetguard.core.snapshot import KeySnapshot
+from control_plane.callers import Callers
+from control_plane.errors import DeniedError
+from tests.plugins.redis_calls import KEY_ID, a_tenant
+from tests.services.control_plane.test_rest import reason
+
+SECRET = b"s" * 32
+KEY = format_api_key(tenant_id="acme", key_id=KEY_ID, secret=SECRET)
+NOW_MS = 1_767_225_600_000
+QUOTED = {"route": "/v1/embeddings", "request": {"model": "text-embedding-3-small", "input": "a"}}
+
+
+async def publish(redis) -> None:
+    secret_sha256 = hash_secret(parse_api_key(KEY).secret)
+    await Counters(redis).publish_tenant(a_tenant())
+    await Counters(redis).publish_key(
+        KeySnapshot(tenant_id="acme", key_id=KEY_ID, version=1, secret_sha256=secret_sha256)
+    )
+
+
+async def told(callers) -> str:
+    try:
+        caller = await callers.find({"x-api-key": KEY})
+    except DeniedError as denied:
+        return str(denied.reason)
+    return caller.key.key_id
+
+
+def callers_of(redis, readiness=None) -> Callers:
+    return Callers(Counters(redis), readiness=readiness or StandingReader(redis), now_ms=lambda: NOW_MS)
+
+
+async def test_a_key_is_unknown_only_where_all_records_are(ready_redis):
+    callers = callers_of(ready_redis)
+    assert await told(callers) == "API_KEY_UNKNOWN"
+    await publish(ready_redis)
+    assert await told(callers) == KEY_ID
+    await ready_redis.command("FLUSHALL")
+    assert await told(callers) == "COUNTERS_NOT_READY"
+
+
+async def test_a_key_without_its_tenant_s_record_is_not_revoked_until_all_records_are_there(ready_redis):
+    await publish(ready_redis)
+    await ready_redis.command("DEL", keys.tenant("acme"))
+    assert await told(callers_of(ready_redis)) == "API_KEY_REVOKED"
+    await Epoch(ready_redis).begin_rebuild(keys.shard_of("acme"))
+    assert await told(callers_of(ready_redis)) == "COUNTERS_NOT_READY"
+
+
+class Rebuilding(StandingReader):
+    """Redis loses its data and gets them back while a key is looked for: each look finds another generation."""
+
+    async def generation(self, tenant_id: str) -> str:
+        await Epoch(self._redis).sign_off(keys.shard_of(tenant_id), await Epoch(self._redis).run_id())
+        return await super().generation(tenant_id)
+
+
+async def test_records_that_are_lost_during_the_look_make_no_key_unknown(ready_redis):
+    assert await told(callers_of(ready_redis, Rebuilding(ready_redis))) == "COUNTERS_NOT_READY"
+
+
+async def test_after_a_flush_nobody_is_told_that_a_key_is_unknown_or_that_nothing_is_spent(rest, tenant_id, program):
+    key = rest.post(f"/admin/tenant/{tenant_id}/apikeys", json={}).json()["key"]
+    path = f"/admin/tenant/{tenant_id}/budgets"
+    (made,) = rest.post(path, json={"budgets": [{"period": "daily", "amountUsd": 1}]}).json()["budgets"]
+    assert made["state"] == "ACTIVE"
+    redis = RedisClient(program.environment["REDIS_URL"], timeout_seconds=10)
+    database = await asyncpg.connect(program.environment["DATABASE_URL"])
+    try:
+        # The rebuild is kept waiting: what it would do within the second is seen before it is done.
+        await database.execute("SELECT pg_advisory_lock(hashtext('rebuild_counters'))")
+        await redis.command("FLUSHALL")
+        headers = {"X-API-Key": key}
+        for answer in (
+            rest.post("/v1/budgetguard/quote", json=QUOTED, headers=headers),
+            rest.get("/v1/budgetguard/budgets", headers=headers),
+        ):
+            assert (answer.status_code, reason(answer)) == (503, "COUNTERS_NOT_READY"), answer.text
+        (listed,) = rest.get(path).json()["budgets"]
+        assert (listed["state"], listed.get("window")) == ("REBUILDING", None)
+    finally:
+        await database.close()
+        await redis.close()
+    deadline = time.monotonic() + 30
+    while rest.get(path).json()["budgets"] != [made]:
+        assert time.monotonic() < deadline, rest.get(path).text
+        await asyncio.sleep(0.1)
+    (own,) = rest.get("/v1/budgetguard/budgets", headers={"X-API-Key": key}).json()["budgets"]
+    assert own["spentUsd"] == "0"
+
+
+def test_a_stranger_s_key_is_unknown(rest):
+    answer = rest.get("/v1/budgetguard/budgets", headers={"X-API-Key": KEY})
+    assert (answer.status_code, reason(answer)) == (401, "API_KEY_UNKNOWN")
