@@ -9,8 +9,10 @@ import time
 from uuid import uuid4
 
 import uvloop
+from prometheus_client import REGISTRY
 
 from budgetguard.adapters.grpc_wire.server import WireServer
+from budgetguard.adapters.metrics import serve_metrics
 from budgetguard.adapters.policy import open_policy
 from budgetguard.adapters.prices import PriceBook
 from budgetguard.adapters.redis.client import RedisClient
@@ -44,10 +46,11 @@ async def run(settings: Settings) -> None:
     """Serve until a signal.
 
     Raises:
-        ListenError: the address cannot be listened on.
+        ListenError: an address cannot be listened on.
         PolicyLoadError: the policies cannot be loaded.
     """
     stopping = stop_on_signals()
+    serve_metrics(settings.metrics_address, REGISTRY)
     redis = RedisClient(settings.redis_url, timeout_seconds=REDIS_TIMEOUT_SECONDS)
     counters = Counters(redis)
     # Of its own, so that no call's command stands behind a refusal's.

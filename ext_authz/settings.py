@@ -22,6 +22,8 @@ class Settings:
     """
 
     address: str
+    # Where Prometheus scrapes; ``None``: nowhere.
+    metrics_address: str | None
     # Where ext_proc listens, to admit no call without it; ``None``: it is not watched.
     ext_proc_address: str | None
     redis_url: str
@@ -40,6 +42,7 @@ class Settings:
         environment = Environment(variables)
         return cls(
             address=environment.address("EXT_AUTHZ_ADDRESS", "127.0.0.1:9101"),
+            metrics_address=environment.host_port("EXT_AUTHZ_METRICS_ADDRESS"),
             ext_proc_address=(
                 environment.address("EXT_PROC_ADDRESS") if environment.optional("EXT_PROC_ADDRESS") else None
             ),

@@ -7,8 +7,10 @@ import sys
 import time
 
 import uvloop
+from prometheus_client import REGISTRY
 
 from budgetguard.adapters.grpc_wire.server import WireServer
+from budgetguard.adapters.metrics import serve_metrics
 from budgetguard.adapters.redis import keys
 from budgetguard.adapters.redis.client import RedisClient
 from budgetguard.adapters.redis.counters import Counters
@@ -37,10 +39,11 @@ async def run(settings: Settings) -> None:
     """Serve until a signal.
 
     Raises:
-        ListenError: the address cannot be listened on.
+        ListenError: an address cannot be listened on.
         SpoolError: the spool folder cannot be used.
     """
     stopping = stop_on_signals()
+    serve_metrics(settings.metrics_address, REGISTRY)
     redis = RedisClient(settings.redis_url, timeout_seconds=REDIS_TIMEOUT_SECONDS)
     counters = Counters(redis)
 
@@ -48,7 +51,8 @@ async def run(settings: Settings) -> None:
         info, data = await redis.pipeline([("INFO", "server"), ("GET", keys.incarnation())])
         return f"{run_id_of(info)} {data}" if data else None
 
-    settler = Settler(counters, Spool(settings.spool_dir), incarnation=incarnation, now_ms=_now_ms)
+    spool = Spool(settings.spool_dir)
+    settler = Settler(counters, spool, incarnation=incarnation, now_ms=_now_ms, registry=REGISTRY)
     leases = Leases(counters, now_ms=_now_ms)
     service = ExternalProcessor(lambda: Exchange(settler=settler, leases=leases, counters=counters, now_ms=_now_ms))
     server = WireServer(settings.address, bidirectional=service.methods())

@@ -12,6 +12,8 @@ class Settings:
     """Frozen at start. ``spool_dir`` belongs to one process: give each its own."""
 
     address: str
+    # Where Prometheus scrapes; ``None``: nowhere.
+    metrics_address: str | None
     redis_url: str
     spool_dir: Path
 
@@ -25,6 +27,7 @@ class Settings:
         environment = Environment(variables)
         return cls(
             address=environment.address("EXT_PROC_ADDRESS", "127.0.0.1:9102"),
+            metrics_address=environment.host_port("EXT_PROC_METRICS_ADDRESS"),
             redis_url=environment.url("REDIS_URL", "redis://127.0.0.1:6379/0", schemes=("redis", "rediss", "unix")),
             spool_dir=environment.path("SPOOL_DIR", Path(".budgetguard/spool")),
         )

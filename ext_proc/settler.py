@@ -9,9 +9,12 @@ from enum import Enum
 from functools import partial
 from typing import Protocol, TypeVar
 
+from prometheus_client import CollectorRegistry
+
 from budgetguard.adapters.redis.client import CountersUnavailableError, RedisReplyError
 from budgetguard.core.budget import NotReady, Settled, Settlement
-from ext_proc.spool import Spool
+from ext_proc.metrics import DISK_FAILED, SPOOL_FULL, SettlementMetrics
+from ext_proc.spool import Spool, SpoolFullError
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +49,7 @@ class Settler:
     """Delivers settlements.
 
     ``incarnation`` asks Redis which process it is and which data it has, ``None`` while that is being found out; it
-    raises ``CountersUnavailableError``.
+    raises ``CountersUnavailableError``. ``registry`` gets the metrics.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Settler:
         *,
         incarnation: Callable[[], Awaitable[str | None]],
         now_ms: Callable[[], int],
+        registry: CollectorRegistry | None = None,
         watch_every_seconds: float = WATCH_EVERY_SECONDS,
     ) -> None:
         self._counters = counters
@@ -73,6 +77,13 @@ class Settler:
         # One thread: what the spool is asked for happens in order, also when whoever asked was cancelled.
         self._disk = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spool")
         self._spooled = asyncio.Event()
+        self._metrics = SettlementMetrics(registry or CollectorRegistry())
+        self._metrics.watch(
+            waiting=lambda: spool.waiting,
+            bytes_max=spool.bytes_max,
+            redis_answers=lambda: self._redis_answers,
+            now_ms=now_ms,
+        )
 
     async def start(self) -> None:
         """Take the spool and deliver what an earlier process left in it.
@@ -86,6 +97,7 @@ class Settler:
 
     def submit(self, settlement: Settlement) -> asyncio.Task[None]:
         """Begin to settle, whatever becomes of the caller. The task ends when Redis or the disk has it; never fails."""
+        self._metrics.ended(settlement.end)
         delivery = asyncio.create_task(self._deliver(settlement))
         self._deliveries.add(delivery)
         delivery.add_done_callback(self._deliveries.discard)
@@ -146,6 +158,9 @@ class Settler:
             except OSError as error:
                 operations = ", ".join(settlement.handoff.facts.operation_id for settlement in batch)
                 logger.critical("neither Redis nor the spool takes settlements: %s; will expire: %s", error, operations)
+                self._metrics.lost(len(batch), why=SPOOL_FULL if isinstance(error, SpoolFullError) else DISK_FAILED)
+            else:
+                self._metrics.spooled(len(batch))
         self._spooled.set()
 
     async def _deliver_spooled(self) -> None:
@@ -188,8 +203,9 @@ class Settler:
                     delivered_all = False
                     await self._on_disk(partial(self._spool.append, refused))
                 await self._on_disk(partial(self._spool.remove, segment))
-            if len(refused) < len(segment.settlements):
-                logger.info("delivered %d spooled settlements", len(segment.settlements) - len(refused))
+            if delivered := len(segment.settlements) - len(refused):
+                self._metrics.delivered(delivered)
+                logger.info("delivered %d spooled settlements", delivered)
 
     async def _watch(self) -> None:
         """Notice that Redis is another now, or has lost its data: it may lack the last settlements."""

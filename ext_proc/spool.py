@@ -9,7 +9,7 @@ import fcntl
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -49,6 +49,15 @@ class Segment:
     damaged: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """What waits on disk. ``oldest_ended_at_ms`` is when the first of those calls ended, ``None`` without any."""
+
+    settlements: int = 0
+    size_bytes: int = 0
+    oldest_ended_at_ms: int | None = None
+
+
 class Spool:
     """A folder of segments, for one process at a time. Blocking: call it from a thread, one call at a time."""
 
@@ -59,11 +68,18 @@ class Spool:
         self._bytes_max = bytes_max
         self._segment_bytes_max = segment_bytes_max
         self._lock: IO[bytes] | None = None
-        # The segment that is appended to, if any: the last one in ``_sizes``.
+        # The segment that is appended to, if any: the last one in ``_kept``.
         self._file: FileIO | None = None
-        # Segment number -> its bytes, oldest first.
-        self._sizes: dict[int, int] = {}
+        # Segment number -> what is in it, oldest first.
+        self._kept: dict[int, Waiting] = {}
         self._next_number = 1
+        # Replaced, never changed: any thread may look at it.
+        self.waiting = Waiting()
+
+    @property
+    def bytes_max(self) -> int:
+        """How many bytes may wait."""
+        return self._bytes_max
 
     def open(self) -> bool:
         """Take the folder and look what an earlier process left; say whether there is anything to deliver.
@@ -76,19 +92,20 @@ class Spool:
             self._lock = (self._folder / "lock").open("ab")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             left = sorted(
-                (int(match[1]), path.stat().st_size)
+                (int(match[1]), path)
                 for path in self._folder.iterdir()
                 if (match := _SEGMENT_NAME.fullmatch(path.name))
             )
+            self._kept = {number: _look_into(path) for number, path in left}
         except BlockingIOError as error:
             self.close()
             raise SpoolError(f"the spool {self._folder} belongs to another running process") from error
         except OSError as error:
             self.close()
             raise SpoolError(f"the spool {self._folder} cannot be used: {error.strerror}") from error
-        self._sizes = dict(left)
-        self._next_number = 1 + max(self._sizes, default=0)
-        return bool(self._sizes)
+        self._next_number = 1 + max(self._kept, default=0)
+        self._note()
+        return bool(self._kept)
 
     def append(self, settlements: Sequence[Settlement]) -> None:
         """Keep settlements; they are on disk when this returns.
@@ -98,29 +115,31 @@ class Spool:
             OSError: the disk refused.
         """
         lines = b"".join(settlement_to_line(settlement) for settlement in settlements)
-        if sum(self._sizes.values()) + len(lines) > self._bytes_max:
+        if self.waiting.size_bytes + len(lines) > self._bytes_max:
             raise SpoolFullError(f"the spool {self._folder} has reached {self._bytes_max} bytes")
         try:
-            self._write(lines)
+            self._write(lines, settlements)
         except OSError:
             # What is left of a failed write is a torn line: nothing may be appended behind it.
             self._close_file()
             raise
 
-    def _write(self, lines: bytes) -> None:
+    def _write(self, lines: bytes, settlements: Sequence[Settlement]) -> None:
         if self._file is None:
             number = self._next_number
             self._file = FileIO(self._path(number), "xb")
             self._next_number = number + 1
-            self._sizes[number] = 0
+            self._kept[number] = Waiting()
             self._sync_folder()
         written = 0
         while written < len(lines):
             written += self._file.write(lines[written:])
         os.fsync(self._file.fileno())
         number = self._next_number - 1
-        self._sizes[number] += len(lines)
-        if self._sizes[number] >= self._segment_bytes_max:
+        oldest_ended_at_ms = min((settlement.ended_at_ms for settlement in settlements), default=None)
+        self._kept[number] = _sum([self._kept[number], Waiting(len(settlements), len(lines), oldest_ended_at_ms)])
+        self._note()
+        if self._kept[number].size_bytes >= self._segment_bytes_max:
             self._close_file()
 
     def seal(self) -> int:
@@ -130,7 +149,7 @@ class Spool:
 
     def oldest(self, *, below: int) -> Segment | None:
         """Return the first sealed segment; ``None`` when there is none with a number below this."""
-        number = next(iter(self._sizes), below)
+        number = next(iter(self._kept), below)
         return self._read(number) if number < below else None
 
     def remove(self, segment: Segment) -> None:
@@ -140,7 +159,8 @@ class Spool:
             path.rename(path.with_suffix(".damaged"))
         else:
             path.unlink()
-        del self._sizes[segment.number]
+        del self._kept[segment.number]
+        self._note()
 
     def close(self) -> None:
         """Give the folder back."""
@@ -173,10 +193,36 @@ class Spool:
         finally:
             os.close(descriptor)
 
+    def _note(self) -> None:
+        self.waiting = _sum(self._kept.values())
+
     def _close_file(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _look_into(path: Path) -> Waiting:
+    """Say what an earlier process left in a segment, by its lines and the first of them."""
+    content = path.read_bytes()
+    first, end, _ = content.partition(b"\n")
+    if not end:
+        return Waiting(size_bytes=len(content))
+    try:
+        oldest_ended_at_ms = settlement_from_line(first).ended_at_ms
+    except ValueError:
+        # Damaged, which is told when it is delivered; its call ended before the last write.
+        oldest_ended_at_ms = int(path.stat().st_mtime * 1000)
+    return Waiting(content.count(b"\n"), len(content), oldest_ended_at_ms)
+
+
+def _sum(parts: Iterable[Waiting]) -> Waiting:
+    whole = tuple(parts)
+    return Waiting(
+        sum(part.settlements for part in whole),
+        sum(part.size_bytes for part in whole),
+        min((part.oldest_ended_at_ms for part in whole if part.oldest_ended_at_ms is not None), default=None),
+    )
 
 
 def settlement_to_line(settlement: Settlement) -> bytes:

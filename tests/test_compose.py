@@ -151,6 +151,13 @@ def test_only_the_edge_is_published_and_the_data_leads_nowhere():
     assert {name for name, service in SERVICES.items() if service["networks"] != ["data"]} == {"envoy"}
 
 
+@pytest.mark.parametrize("name", ["ext_authz", "ext_proc"])
+def test_metrics_are_served_where_a_prometheus_on_the_inner_network_can_scrape(name):
+    settings = PROGRAMS[name](environment(name))
+    assert settings.metrics_address == "0.0.0.0:9464"
+    assert f"{name}:9464" in (ROOT / "docker-compose.yml").read_text()
+
+
 def test_secrets_come_from_outside_and_each_part_gets_its_own():
     text = (ROOT / "docker-compose.yml").read_text()
     assert not re.search(r"(PASSWORD|KEY): *\"?[a-z0-9]", text)

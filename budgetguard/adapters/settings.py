@@ -91,11 +91,20 @@ class Environment:
                     f"{name}: expected a socket path of at most {UNIX_PATH_BYTES_MAX} bytes, got {path!r}"
                 )
             return value
-        match = _HOST_PORT.fullmatch(value)
-        if match is None or not 0 < int(match["port"]) <= 65_535:
-            raise SettingsError(f"{name}: expected {expected}, got {value[:120]!r}")
-        return value
+        return _host_port(name, value, expected)
+
+    def host_port(self, name: str) -> str | None:
+        """Return a ``host:port`` to listen on, or ``None`` when it is not set."""
+        value = self._raw(name)
+        return None if value is None else _host_port(name, value, "host:port")
 
     def path(self, name: str, default: Path | None = None) -> Path:
         """Return a file or folder path; it need not exist."""
         return Path(self._value(name, None if default is None else str(default), "a path")).expanduser()
+
+
+def _host_port(name: str, value: str, expected: str) -> str:
+    match = _HOST_PORT.fullmatch(value)
+    if match is None or not 0 < int(match["port"]) <= 65_535:
+        raise SettingsError(f"{name}: expected {expected}, got {value[:120]!r}")
+    return value

@@ -18,8 +18,8 @@ from budgetguard.cli.local.supervisor import StartError, StoppedError
 HELP = """Start PostgreSQL, Redis, the control plane, ext_authz, ext_proc and Envoy, and keep them running until Ctrl-C.
 Environment: PORT (3000), LISTEN_ADDRESS (127.0.0.1), BUDGETGUARD_HOME (./.budgetguard), DATABASE_URL,
 MIGRATE_DATABASE_URL and REDIS_URL (servers of yours), ADMIN_API_KEY, OPENAI_API_KEY (without it calls go to a built-in
-fake provider), BUDGETGUARD_EXT_AUTHZ_PROCESSES (1: how many processes share the decisions), OPA_URL, POLICY_DIR,
-POLICY_FAILURE."""
+fake provider), BUDGETGUARD_EXT_AUTHZ_PROCESSES (1: how many processes share the decisions), METRICS_PORT (9464: metrics
+of ext_proc and of each ext_authz are at the first free ports from there on), OPA_URL, POLICY_DIR, POLICY_FAILURE."""
 
 TEND_SECONDS = 0.1
 

@@ -38,8 +38,10 @@ def test_every_example_works(stack, new_tenant):
         "ADMIN_KEY": stack.admin_key,
         "BUDGET_ID": tenant.budgets[0]["id"],
     }
+    metrics = stack.stack.supervisor.part("ext_proc").where.split()[-1]
     for command in COMMANDS:
         here = command.replace("localhost:3000", stack.base_url.removeprefix("http://"))
+        here = here.replace("http://127.0.0.1:9464/metrics", metrics)
         if here.startswith("curl"):
             answer = run_curl([Template(word).substitute(environment) for word in shlex.split(here)])
             assert answer.status_code == 200, f"{shlex.quote(command)}: {answer.text}"

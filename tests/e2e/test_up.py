@@ -23,6 +23,7 @@ import pytest
 from budgetguard.cli.local.home import Home
 from budgetguard.cli.local.parts import free_port
 from tests.e2e.curl import run_curl
+from tests.plugins.stack import METRICS_PORT
 
 START_SECONDS = 90
 STOP_SECONDS = 60
@@ -41,7 +42,7 @@ class Up:
         self.lines: list[str] = []
         self._process = subprocess.Popen(
             [*prefix, sys.executable, "-P", "-m", "budgetguard.cli", "up"],
-            env={**environment, **variables, "PORT": str(self.port)},
+            env={**environment, **variables, "PORT": str(self.port), "METRICS_PORT": METRICS_PORT},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -104,6 +105,12 @@ class Up:
         return {row[1]: int(row[2]) for row in rows if row}
 
     @property
+    def metrics(self) -> dict[str, str]:
+        """Read where metrics are, out of the same table."""
+        rows = (re.fullmatch(r"  (\w+) .*  (http://127\.0\.0\.1:\d+/metrics)", line) for line in self.lines)
+        return {row[1]: row[2] for row in rows if row}
+
+    @property
     def curl(self) -> list[str]:
         """Return the pasted command's words."""
         start = self.output.index("curl ")
@@ -157,12 +164,17 @@ def test_first_run_shows_a_curl_that_works_and_the_next_run_remembers(home):
         assert all(psutil.pid_exists(pid) for pid in first.pids.values())
         key = first.admin_key(home)
         assert f"{key} (shown this once" in first.output
+        assert set(first.metrics) == {"ext_authz", "ext_proc"}
         for name in ("admin-key", "demo-key"):
             assert stat.S_IMODE((home / name).stat().st_mode) == 0o600
         answer = first.paste_curl()
         assert answer.status_code == 200, answer.text
         assert answer.json()["choices"][0]["message"]["content"]
         (row,) = ledger(first, home, at_least=1)
+        assert (
+            'budgetguard_admission_decisions_total{reason="ADMITTED"} 1.0' in httpx.get(first.metrics["ext_authz"]).text
+        )
+        assert 'budgetguard_settlements_total{end="CONFIRMED"} 1.0' in httpx.get(first.metrics["ext_proc"]).text
         assert row["operationId"] == answer.headers["x-budgetguard-operation-id"]
         first.send(signal.SIGTERM)
         assert first.wait() == 0
@@ -348,5 +360,13 @@ def test_help_names_what_can_be_set():
     done = subprocess.run(
         [sys.executable, "-P", "-m", "budgetguard.cli", "up", "--help"], capture_output=True, text=True, check=True
     )
-    for name in ("PORT", "DATABASE_URL", "REDIS_URL", "ADMIN_API_KEY", "OPENAI_API_KEY", "BUDGETGUARD_HOME"):
+    for name in (
+        "PORT",
+        "METRICS_PORT",
+        "DATABASE_URL",
+        "REDIS_URL",
+        "ADMIN_API_KEY",
+        "OPENAI_API_KEY",
+        "BUDGETGUARD_HOME",
+    ):
         assert name in done.stdout

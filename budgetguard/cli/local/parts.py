@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 
 import grpc
@@ -57,12 +58,19 @@ def redis_part(server: EmbeddedRedis) -> Part:
 
 
 def program_part(
-    program: str, *, address: str, variables: Mapping[str, str], own: Mapping[str, str], name: str
+    program: str,
+    *,
+    address: str,
+    metrics_address: str | None,
+    variables: Mapping[str, str],
+    own: Mapping[str, str],
+    name: str,
 ) -> Part:
     """Run one of our gRPC programs as the part ``name``.
 
     ``own`` is what it gets beside the user's variables, less everybody's secrets.
     """
+    metrics = {} if metrics_address is None else {f"{program.upper()}_METRICS_ADDRESS": metrics_address}
     return Part(
         name=name,
         # -P: a file of the user's folder must not pass for a module of ours.
@@ -72,10 +80,11 @@ def program_part(
             "PYTHONUNBUFFERED": "1",
             "POLICY_DIR": str(_policy_dir(variables)),
             f"{program.upper()}_ADDRESS": address,
+            **metrics,
             **own,
         },
         is_ready=lambda _pid: is_serving(address),
-        where=address,
+        where=address if metrics_address is None else f"{address}  http://{metrics_address}/metrics",
         start_seconds=PROGRAM_START_SECONDS,
     )
 
@@ -135,6 +144,12 @@ def free_port(host: str = "127.0.0.1") -> int:
     with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def free_ports_from(first: int, *, count: int) -> list[int]:
+    """Find ``count`` loopback ports that nobody listens on, the lowest from ``first`` on."""
+    free = (port for port in range(first, 65_536) if port_problem("127.0.0.1", port) is None)
+    return list(islice(free, count))
 
 
 def port_problem(host: str, port: int) -> str | None:

@@ -28,6 +28,8 @@ APP_ROLE = "budgetguard_app"
 STOP_ORDER = ("envoy", "ext_authz", "fake_provider", "ext_proc", "control_plane", "redis", "postgres")
 # Each takes a core when it is busy, so more than a machine has would only wait for each other.
 EXT_AUTHZ_PROCESSES_MAX = 64
+# Below those that the kernel gives to outgoing connections: a part that starts again finds its port free.
+METRICS_PORT_DEFAULT = 9464
 MIGRATE_SECONDS = 300.0
 DRAIN_SECONDS = 60.0
 HURRY_SECONDS = 2.0
@@ -41,7 +43,8 @@ class StackSettings:
     """What the user may choose. URLs are ``None`` for servers of our own; ``variables`` is the whole environment.
 
     ``port`` 0 picks a free one. ``fake_provider`` runs the built-in provider and sends calls there. Envoy shares calls
-    out over ``ext_authz_processes``.
+    out over ``ext_authz_processes``. ext_proc and each ext_authz serve metrics at the first free ports from
+    ``metrics_port`` on.
     """
 
     home: Path
@@ -53,6 +56,7 @@ class StackSettings:
     admin_key: str | None
     fake_provider: bool
     ext_authz_processes: int
+    metrics_port: int
     variables: Mapping[str, str]
 
     @classmethod
@@ -79,6 +83,7 @@ class StackSettings:
             ext_authz_processes=environment.integer(
                 "BUDGETGUARD_EXT_AUTHZ_PROCESSES", 1, minimum=1, maximum=EXT_AUTHZ_PROCESSES_MAX
             ),
+            metrics_port=environment.integer("METRICS_PORT", METRICS_PORT_DEFAULT, minimum=1, maximum=65_000),
             variables=dict(variables),
         )
 
@@ -239,10 +244,18 @@ class Stack:
             lines = result.stderr.strip().splitlines()
             raise StartError(lines[-1] if lines else f"migrations failed (exit code {result.returncode})")
 
-    def _start_program(self, program: str, own: Mapping[str, str], *, name: str = "") -> None:
+    def _start_program(
+        self, program: str, own: Mapping[str, str], *, name: str = "", metrics_port: int | None = None
+    ) -> None:
         name = name or program
-        address = f"unix:{self._socket(name)}"
-        part = parts.program_part(program, address=address, variables=self.settings.variables, own=own, name=name)
+        part = parts.program_part(
+            program,
+            address=f"unix:{self._socket(name)}",
+            metrics_address=None if metrics_port is None else f"127.0.0.1:{metrics_port}",
+            variables=self.settings.variables,
+            own=own,
+            name=name,
+        )
         self.supervisor.start(part)
 
     def _start_control_plane(self, *, database_url: str, redis_url: str) -> None:
@@ -260,10 +273,15 @@ class Stack:
         keys = {name: value for name in parts.PROVIDER_KEY_VARIABLES if (value := variables.get(name, ""))}
         if self.fake_provider_url:
             keys = {"OPENAI_API_KEY": "fake-provider-takes-any-key"}
-        self._start_program("ext_proc", {"REDIS_URL": redis_url, "SPOOL_DIR": str(self.home.spool)})
-        meter = f"unix:{self._socket('ext_proc')}"
-        for name in self.settings.ext_authz_names:
-            self._start_program("ext_authz", {"REDIS_URL": redis_url, "EXT_PROC_ADDRESS": meter, **keys}, name=name)
+        names = self.settings.ext_authz_names
+        ports = parts.free_ports_from(self.settings.metrics_port, count=1 + len(names))
+        if len(ports) <= len(names):
+            raise StartError(f"no free ports for metrics from {self.settings.metrics_port} on (set METRICS_PORT lower)")
+        own = {"REDIS_URL": redis_url, "SPOOL_DIR": str(self.home.spool)}
+        self._start_program("ext_proc", own, metrics_port=ports[0])
+        own = {"REDIS_URL": redis_url, "EXT_PROC_ADDRESS": f"unix:{self._socket('ext_proc')}", **keys}
+        for name, port in zip(names, ports[1:], strict=True):
+            self._start_program("ext_authz", own, name=name, metrics_port=port)
 
     def _start_fake_provider(self) -> None:
         if self.settings.fake_provider:

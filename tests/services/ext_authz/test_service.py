@@ -15,6 +15,7 @@ from envoy_data_plane.envoy.service.auth.v3 import (
     CheckRequest,
     CheckResponse,
 )
+from prometheus_client import REGISTRY
 
 from budgetguard.adapters.grpc_wire.call import StatusCode
 from budgetguard.adapters.grpc_wire.server import WireServer
@@ -66,7 +67,13 @@ def names(options):
     return {option.header.key: option.header.value for option in options}
 
 
+def decided(reason):
+    """How many decisions Prometheus is told of."""
+    return REGISTRY.get_sample_value("budgetguard_admission_decisions_total", {"reason": reason})
+
+
 async def test_an_admitted_call(bench, serve):
+    counted = decided("ADMITTED")
     server = await serve(bench.checker)
     async with grpc.aio.insecure_channel(server.address) as channel:
         answer = await stub(channel)(check_request())
@@ -86,12 +93,14 @@ async def test_an_admitted_call(bench, serve):
     handoff = Handoff.from_metadata({key: value.string_value for key, value in answer.dynamic_metadata.fields.items()})
     assert (handoff.facts.operation_id, handoff.facts.tenant_id) == ("op-1", "acme")
     assert await bench.held() == (1, handoff.hold_nanos)
+    assert decided("ADMITTED") == counted + 1
     # What Envoy hands on ends the very hold that the answer told of.
     await bench.counters.release(handoff, now_ms=bench.now_ms(), ended_at_ms=0, status=0, detail="")
     assert await bench.held() == (0, 0)
 
 
 async def test_a_refusal(bench, serve):
+    counted = decided("BUDGET_EXCEEDED"), decided("ROUTE_UNKNOWN"), decided("ADMITTED")
     await bench.counters.publish_tenant(replace(TENANT, version=2, budgets=(budget(1),)))
     server = await serve(bench.checker)
     async with grpc.aio.insecure_channel(server.address) as channel:
@@ -106,6 +115,7 @@ async def test_a_refusal(bench, serve):
     assert (headers["x-budgetguard-reason"], headers["x-budgetguard-operation-id"]) == ("BUDGET_EXCEEDED", "op-1")
     assert unknown.denied_response.status.code == 404
     assert await bench.held() == (0, 0)
+    assert (decided("BUDGET_EXCEEDED") - 1, decided("ROUTE_UNKNOWN") - 1, decided("ADMITTED")) == counted
 
 
 class PatientCounters(Counters):

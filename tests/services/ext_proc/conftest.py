@@ -1,4 +1,5 @@
 import pytest
+from prometheus_client import CollectorRegistry
 
 from ext_proc.exchange import Exchange
 from ext_proc.leases import Leases
@@ -13,12 +14,18 @@ async def counters():
 
 
 @pytest.fixture
-async def settler(counters, tmp_path):
+def registry():
+    return CollectorRegistry()
+
+
+@pytest.fixture
+async def settler(counters, registry, tmp_path):
     settler = Settler(
         counters,
         Spool(tmp_path / "spool"),
         incarnation=counters.run_id,
         now_ms=lambda: counters.now_ms,
+        registry=registry,
         watch_every_seconds=0.01,
     )
     await settler.start()

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -10,10 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
+import httpx
 import pytest
 from envoy.service.ext_proc.v3.external_processor_pb2 import HttpBody, ProcessingRequest, ProcessingResponse
+from prometheus_client.parser import text_string_to_metric_families
 
 from budgetguard.adapters.redis.client import RedisClient
+from budgetguard.cli.local.parts import free_port
 from budgetguard.core.operation import End
 from ext_proc.service import PROCESS
 from ext_proc.settings import Settings
@@ -49,14 +53,15 @@ async def redis(own_redis_server):
 
 
 @contextmanager
-def running(folder, redis_url):
+def running(folder, redis_url, *, stderr=None, **more):
     variables = {
         "EXT_PROC_ADDRESS": f"unix:{folder}/proc.sock",
         "REDIS_URL": redis_url,
         "SPOOL_DIR": str(folder / "spool"),
+        **more,
     }
     with subprocess.Popen(
-        [sys.executable, "-m", "ext_proc"], env=os.environ | variables, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "ext_proc"], env=os.environ | variables, stdout=subprocess.DEVNULL, stderr=stderr
     ) as process:
         try:
             yield process
@@ -113,6 +118,50 @@ async def test_a_kill_while_redis_is_away_loses_no_settlement(folder, own_redis_
         assert await counter_in_redis(redis, handoff) == (2 * FIXTURE_NANOS, 0)
 
 
+async def scraped(address):
+    """Read what Prometheus would: samples without labels by their name."""
+    async with httpx.AsyncClient() as http:
+        answer = await http.get(f"http://{address}/metrics")
+    assert answer.status_code == 200
+    families = text_string_to_metric_families(answer.text)
+    return {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
+
+
+async def test_prometheus_sees_what_waits_in_the_spool(folder, own_redis_server, redis):
+    handoff = await admit_in_redis(redis)
+    address = f"127.0.0.1:{free_port()}"
+    with running(folder, own_redis_server.url, EXT_PROC_METRICS_ADDRESS=address):
+        async with grpc.aio.insecure_channel(f"unix:{folder}/proc.sock") as channel:
+            await play(channel, await admit_in_redis(redis, "op-warm"))
+            before = await scraped(address)
+            own_redis_server.send(signal.SIGSTOP)
+            await play(channel, handoff)
+            await eventually(lambda: spooled(folder))
+            during = await scraped(address)
+            own_redis_server.send(signal.SIGCONT)
+            await eventually(lambda: not spooled(folder))
+            async with asyncio.timeout(10):
+                while (after := await scraped(address))["budgetguard_settlements_delivered_total"] < 1:  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+    names = ("budgetguard_spool_settlements", "budgetguard_settlements_spooled_total", "budgetguard_redis_answers")
+    assert [before[name] for name in names] == [0, 0, 1]
+    assert [during[name] for name in names] == [1, 1, 0]
+    assert during["budgetguard_spool_oldest_age_seconds"] > 0
+    assert [after[name] for name in names] == [0, 1, 1]
+    assert after["process_resident_memory_bytes"] > 0
+
+
+def test_an_address_for_metrics_that_is_taken_is_one_sentence(folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with running(
+            folder, "redis://127.0.0.1:1/0", EXT_PROC_METRICS_ADDRESS=address, stderr=subprocess.PIPE
+        ) as process:
+            said = process.stderr.read().decode()
+            assert process.wait(20) == 1
+    assert said == f"ext_proc: cannot listen on {address} for metrics: Address already in use\n"
+
+
 @pytest.mark.parametrize("loss", ["killed", "flushed"])
 async def test_a_redis_that_lost_its_end_gets_the_settlement_again(folder, own_redis_server, redis, loss):
     handoff = await admit_in_redis(redis)
@@ -164,6 +213,7 @@ async def test_sigterm_drains_and_settles_what_is_left(folder, own_redis_server,
     [
         ({"EXT_PROC_ADDRESS": "nowhere"}, "EXT_PROC_ADDRESS: expected"),
         ({"REDIS_URL": "http://localhost"}, "REDIS_URL: expected"),
+        ({"EXT_PROC_METRICS_ADDRESS": "unix:/tmp/metrics.sock"}, "EXT_PROC_METRICS_ADDRESS: expected host:port"),
         ({"SPOOL_DIR": "/dev/null/spool"}, "cannot be used"),
     ],
 )
@@ -180,3 +230,4 @@ def test_settings_have_defaults():
     settings = Settings.from_environment({})
     assert settings.address == "127.0.0.1:9102"
     assert settings.redis_url == "redis://127.0.0.1:6379/0"
+    assert settings.metrics_address is None

@@ -9,7 +9,7 @@ from budgetguard.core.operation import End
 from ext_proc import settler as settler_module
 from ext_proc.leases import Leases
 from ext_proc.settler import Settler
-from ext_proc.spool import Spool
+from ext_proc.spool import Spool, SpoolFullError
 from tests.services.ext_proc.support import HOLD_NANOS, NOW_MS, RUN_ID, eventually
 
 
@@ -155,6 +155,60 @@ async def test_without_redis_and_disk_an_alarm_names_the_operations(settler, cou
     assert "op-1" in record.getMessage()
     # The hold stays: it will expire at its full amount, which is never too little.
     assert counters.counter.held == HOLD_NANOS
+
+
+SPOOLED, DELIVERED, LOST = (f"budgetguard_settlements_{name}_total" for name in ("spooled", "delivered", "lost"))
+WAITING, WAITING_BYTES, OLDEST_AGE, ANSWERS = (
+    "budgetguard_spool_settlements",
+    "budgetguard_spool_bytes",
+    "budgetguard_spool_oldest_age_seconds",
+    "budgetguard_redis_answers",
+)
+
+
+async def test_an_outage_shows_in_the_metrics_and_so_does_its_end(settler, counters, registry, segments):
+    def told(*names):
+        return [registry.get_sample_value(name) for name in names]
+
+    def ended(end):
+        return registry.get_sample_value("budgetguard_settlements_total", {"end": end})
+
+    handoffs = [counters.admit(f"op-{number}") for number in range(3)]
+    assert told(SPOOLED, DELIVERED, WAITING, WAITING_BYTES, OLDEST_AGE, ANSWERS) == [0, 0, 0, 0, 0, 1]
+    await settler.submit(settlement_of(handoffs[0]))
+    assert (ended("CONFIRMED"), *told(SPOOLED, WAITING)) == (1, 0, 0)
+    counters.silent = True
+    for handoff in handoffs[1:]:
+        await settler.submit(settlement_of(handoff))
+    counters.now_ms = NOW_MS + 90_000
+    assert told(SPOOLED, DELIVERED, WAITING, OLDEST_AGE, ANSWERS) == [2, 0, 2, 90, 0]
+    assert told(WAITING_BYTES) == [sum(path.stat().st_size for path in segments())]
+    assert told("budgetguard_spool_bytes_max") == [256 * 2**20]
+    counters.silent = False
+    await eventually(lambda: not segments())
+    await eventually(lambda: told(DELIVERED, ANSWERS) == [2, 1])
+    assert told(SPOOLED, WAITING, WAITING_BYTES, OLDEST_AGE) == [2, 0, 0, 0]
+    assert (ended("CONFIRMED"), ended("ESTIMATED")) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (OSError(28, "No space left on device"), "disk_failed"),
+        (SpoolFullError("it has reached its bound"), "spool_full"),
+    ],
+)
+async def test_what_nobody_takes_is_counted(settler, counters, registry, monkeypatch, error, why):
+    counters.silent = True
+
+    def refuse(_):
+        raise error
+
+    monkeypatch.setattr(settler._spool, "append", refuse)
+    await settler.submit(settlement_of(counters.admit()))
+    lost = {why: registry.get_sample_value(LOST, {"why": why}) for why in ("disk_failed", "spool_full")}
+    assert lost == {"disk_failed": 0, "spool_full": 0} | {why: 1}
+    assert registry.get_sample_value(SPOOLED) == 0
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from budgetguard.core.budget import Settlement
 from budgetguard.core.operation import End
 from budgetguard.core.usage import Usage
-from ext_proc.spool import Spool, SpoolError, SpoolFullError, settlement_from_line, settlement_to_line
+from ext_proc.spool import Spool, SpoolError, SpoolFullError, Waiting, settlement_from_line, settlement_to_line
 from tests.services.ext_proc.support import NOW_MS, ModelCounters
 
 
@@ -58,7 +58,7 @@ def everything_in(spool):
 
 def after_kill(folder):
     """What a killed process leaves: its files, but not its lock."""
-    left = folder.with_name("left")
+    left = folder.with_name(f"{folder.name}-left")
     shutil.copytree(folder, left)
     return left
 
@@ -122,6 +122,34 @@ def test_a_damaged_line_is_kept_for_people_and_loses_no_other(opened, folder, se
     assert everything_in(opened(left)) == [settlements[0], settlements[2]]
     assert [path.suffix for path in left.glob("settlements*")] == [".damaged"]
     assert "CRITICAL" in caplog.text
+
+
+def test_a_spool_knows_what_waits_in_it_also_what_was_left(opened, folder, settlements):
+    sizes = [len(settlement_to_line(settlement)) for settlement in settlements]
+    spool = opened(folder, segment_bytes_max=1)
+    assert spool.waiting == Waiting(0, 0, None)
+    spool.append(settlements[5:7])
+    spool.append(settlements[2:3])
+    expected = Waiting(3, sum(sizes[5:7]) + sizes[2], NOW_MS + 2)
+    assert spool.waiting == expected
+    left = opened(after_kill(folder))
+    assert left.waiting == expected
+    left.remove(left.oldest(below=left.seal()))
+    assert left.waiting == Waiting(1, sizes[2], NOW_MS + 2)
+    assert everything_in(left) == settlements[2:3]
+    assert left.waiting == Waiting(0, 0, None)
+
+
+def test_what_cannot_be_read_waits_too(opened, folder, settlements):
+    opened(folder).append(settlements[:2])
+    left = after_kill(folder)
+    (path,) = left.glob("*.jsonl")
+    path.write_bytes(b"garbage\n" + settlement_to_line(settlements[1]))
+    os.utime(path, (5, 7))
+    assert opened(left).waiting == Waiting(2, path.stat().st_size, 7_000)
+    torn = after_kill(left)
+    next(torn.glob("*.jsonl")).write_bytes(b"torn")
+    assert opened(torn).waiting == Waiting(0, 4, None)
 
 
 def test_what_is_appended_while_a_segment_is_delivered_comes_after_it(opened, folder, settlements):
