@@ -23,6 +23,7 @@ import pytest
 from budgetguard.cli.local.home import Home
 from budgetguard.cli.local.parts import free_port
 from tests.e2e.curl import run_curl
+from tests.plugins.stack import METRICS_PORT
 
 START_SECONDS = 90
 STOP_SECONDS = 60
@@ -41,7 +42,7 @@ class Up:
         self.lines: list[str] = []
         self._process = subprocess.Popen(
             [*prefix, sys.executable, "-P", "-m", "budgetguard.cli", "up"],
-            env={**environment, **variables, "PORT": str(self.port), "METRICS_PORT": str(free_port())},
+            env={**environment, **variables, "PORT": str(self.port), "METRICS_PORT": METRICS_PORT},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

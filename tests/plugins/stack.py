@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from budgetguard.cli.local.parts import free_port
 from budgetguard.cli.local.stack import Stack, StackSettings
 
 READY_SECONDS = 60
+# Each run of the tests has its own, below the ports of outgoing connections: those of killed parts would take theirs.
+METRICS_PORT = str(10_000 + os.getpid() % 20_000)
 
 
 class RunningStack:
@@ -24,7 +25,7 @@ class RunningStack:
     def __init__(self, home: Path, variables: Mapping[str, str] | None = None) -> None:
         self.said: list[str] = []
         environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
-        environment |= {"BUDGETGUARD_HOME": str(home), "PORT": "0", "METRICS_PORT": str(free_port())}
+        environment |= {"BUDGETGUARD_HOME": str(home), "PORT": "0", "METRICS_PORT": METRICS_PORT}
         environment |= variables or {}
         self.stack = Stack(StackSettings.from_environment(environment), say=self.said.append)
         self._stopping = threading.Event()
