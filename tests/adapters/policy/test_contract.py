@@ -48,7 +48,8 @@ async def test_a_file_of_ones_own_adds_reasons_to_deny(engine, tmp_path):
 async def test_input_has_the_documented_members(engine):
     policy = await engine.open(**PATIENT)
     assert (await policy.decide(call("members"))).reason == (
-        "estimate_nanos estimate_usd key_id model output_tokens_bound route session_id stream tags tenant_id time"
+        "estimate_nanos estimate_usd key_id model output_tokens_bound priced_model route session_id stream tags "
+        "tenant_id time"
     )
 
 
