@@ -37,7 +37,13 @@ def _limit_reached(refused: ReserveRefused) -> Deny:
     needs = ""
     if refused.kind is Refusal.TOKENS:
         facts["needed_tokens"] = refused.needed
-        facts["retryable"] = refused.needed <= refused.limit
+        if refused.needed > refused.limit:
+            return Deny(
+                reason,
+                f"This call alone can take up to {refused.needed} tokens, more than the limit of {refused.limit} "
+                f"{limited}: it never fits. Ask for less output, or send less input.",
+                facts={**facts, "retryable": False},
+            )
         needs = f"; this call can take up to {refused.needed} tokens"
     limit = "Rate limit" if refused.kind is Refusal.RATE else "Limit"
     return Deny(
@@ -67,8 +73,9 @@ def budget_facts(
         "held_usd": format_usd(held),
         "needed_usd": format_usd(needed),
         "resets_at": None if resets_at_ms is None else rfc3339(resets_at_ms),
-        # Money that is only held comes back when those calls end, unless what is spent leaves no room for this one.
-        "retryable": spent + needed <= limit,
+        # Money that is only held comes back when those calls end; what is spent leaves with the window, which resets or
+        # rolls on. What is more than the limit never fits.
+        "retryable": needed <= limit and (spent + needed <= limit or resets_at_ms is not None),
     }
 
 
