@@ -34,6 +34,12 @@ def test_a_wrong_body_is_refused_by_field(rest, key, content, field):
     assert list(violations(asks(rest, key, content))) == [field]
 
 
+def test_a_body_that_is_too_large_is_told_in_our_words(rest, key):
+    answer = asks(rest, key, b'{"route":"/v1/embeddings","request":{"input":"' + b"a" * 2**21 + b'"}}')
+    assert answer.status_code == 413
+    assert answer.json() == {"code": 3, "message": "The request body is larger than 1 MiB."}
+
+
 def test_a_field_of_the_call_is_named_once(rest, key):
     body = {"model": "gpt-4o-mini", "n": 0, "messages": [{"role": "user", "content": "a"}]}
     answer = rest.post(
