@@ -131,9 +131,9 @@ def _window_changes(request: budget_pb2.UpdateBudgetRequest, named: Collection[s
         return changes
     # Without a period these are the new dates of a custom one; the repository refuses them on any other.
     if "start_date" in named:
-        changes["starts_at_ms"] = instant(request.start_date, field="start_date", zone=_zone(zone))
+        changes["starts_at_ms"] = _day(request.start_date, field="start_date", zone=zone)
     if "end_date" in named:
-        changes["ends_at_ms"] = instant(request.end_date, field="end_date", whole_day=True, zone=_zone(zone))
+        changes["ends_at_ms"] = _day(request.end_date, field="end_date", zone=zone, is_last=True)
     return changes
 
 
@@ -188,6 +188,12 @@ def _dates(window: WindowKind, start_date: str, end_date: str, *, zone: str) -> 
     if ends_at_ms <= starts_at_ms:
         raise InvalidError("end_date", "expected it not to be before start_date")
     return starts_at_ms, ends_at_ms
+
+
+def _day(text: str, *, field: str, zone: str, is_last: bool = False) -> int:
+    if not text:
+        raise InvalidError(field, "expected a date: a custom period has both, and with another period they are dropped")
+    return instant(text, field=field, whole_day=is_last, zone=_zone(zone))
 
 
 def _rolling_ms(spec: Description | budget_pb2.UpdateBudgetRequest) -> int | None:

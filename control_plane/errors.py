@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
 
 import grpc
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import DecodeError, Message
 from google.rpc.code_pb2 import Code
 from google.rpc.error_details_pb2 import BadRequest, ErrorInfo, RequestInfo, ResourceInfo
@@ -76,7 +77,8 @@ class DeniedError(DomainError):
         self.grpc_code = deny.telling.grpc_code
         named = field or deny.param
         if named is not None and self.grpc_code == "INVALID_ARGUMENT":
-            self.violations = (FieldViolation(named, deny.message),)
+            # Where the message is told by itself it begins with the field, which stands beside it here.
+            self.violations = (FieldViolation(named, deny.message.removeprefix(f"{deny.param}: ")),)
 
 
 class AdminInterceptor(grpc.aio.ServerInterceptor):
@@ -202,12 +204,15 @@ def _has_http_body(request: Message) -> bool:
     return HTTP_BODY in request.DESCRIPTOR.fields_by_name and request.HasField(HTTP_BODY)
 
 
-def _refuse_nul(message: Message) -> None:
+def _refuse_nul(message: Message, path: str = "") -> None:
     """Refuse U+0000, which JSON and protobuf can carry and Postgres cannot store."""
     for field, value in message.ListFields():
-        values = value if field.is_repeated else [value]
-        for item in values:  # of a map, the keys: its values are amounts, read strictly later
+        here = f"{path}.{field.name}" if path else field.name
+        if message.DESCRIPTOR.full_name == FieldMask.DESCRIPTOR.full_name:
+            here = path  # of a mask, whoever sends it names no paths
+        for index, item in enumerate(value if field.is_repeated else [value]):
+            # Of a map, the keys: its values are amounts, read strictly later.
             if isinstance(item, str) and "\x00" in item:
-                raise InvalidError(field.name, "expected text without NUL characters")
+                raise InvalidError(here, "expected text without NUL characters")
             if isinstance(item, Message):
-                _refuse_nul(item)
+                _refuse_nul(item, f"{here}[{index}]" if field.is_repeated else here)

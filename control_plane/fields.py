@@ -61,14 +61,15 @@ def instants_between(
     """Read between which times a request asks; ``None`` where it does not say.
 
     Raises:
-        InvalidError: one of them is none.
+        InvalidError: one of them is none, or there is no time between them.
     """
     # "from" is a word of Python's own.
     since = str(getattr(request, "from"))
-    return (
-        instant(since, field="from") if since else None,
-        instant(request.until, field="until") if request.until else None,
-    )
+    from_ms = instant(since, field="from") if since else None
+    until_ms = instant(request.until, field="until") if request.until else None
+    if from_ms is not None and until_ms is not None and from_ms >= until_ms:
+        raise InvalidError("from", "expected a time before until, which is not part of the span itself")
+    return from_ms, until_ms
 
 
 def duration_milliseconds(duration: Duration, *, field: str) -> int:

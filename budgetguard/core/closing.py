@@ -28,7 +28,7 @@ def budget_exhausted(refused: ExtensionRefused, *, hold_nanos: int) -> Closing:
         needed=refused.needed_nanos,
         starts_at_ms=limit.starts_at_ms,
         resets_at_ms=refused.resets_at_ms,
-        retryable=refused.spent_nanos + hold_nanos + refused.needed_nanos <= limit.limit_nanos,
+        own=hold_nanos,
     )
     whose = f" of {limit.subject}" if limit.subject else ""
     resets = f" It resets at {facts['resets_at']}." if facts["resets_at"] else ""

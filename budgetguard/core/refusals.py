@@ -38,7 +38,13 @@ def _limit_reached(refused: ReserveRefused) -> Deny:
     needs = ""
     if refused.kind is Refusal.TOKENS:
         facts["needed_tokens"] = refused.needed
-        facts["retryable"] = refused.needed <= refused.limit
+        if refused.needed > refused.limit:
+            return Deny(
+                reason,
+                f"This call alone can take up to {refused.needed} tokens, more than the limit of {refused.limit} "
+                f"{limited}: it never fits. Ask for less output, or send less input.",
+                facts={**facts, "retryable": False},
+            )
         needs = f"; this call can take up to {refused.needed} tokens"
     limit = "Rate limit" if refused.kind is Refusal.RATE else "Limit"
     return Deny(
@@ -68,9 +74,15 @@ def budget_facts(
     needed: int,
     starts_at_ms: int | None,
     resets_at_ms: int | None,
-    retryable: bool,
+    own: int = 0,
 ) -> dict[str, str | int | bool | None]:
-    """Spell a budget, whose it is and its numbers, in nanos, that has no room for what is needed."""
+    """Spell a budget, whose it is and its numbers, in nanos, that has no room for what is needed.
+
+    ``own`` is held by the very call that needs more: it will be spent, and does not come back.
+    """
+    # Money that is only held comes back when those calls end; what is spent leaves with the window, which resets or
+    # rolls on. What is more than the limit never fits.
+    fits_ever, fits_when_calls_end = own + needed <= limit, spent + own + needed <= limit
     return {
         "budget_id": budget_id,
         "limit_usd": format_usd(limit),
@@ -78,7 +90,7 @@ def budget_facts(
         "held_usd": format_usd(held),
         "needed_usd": format_usd(needed),
         "resets_at": None if resets_at_ms is None else rfc3339(resets_at_ms),
-        "retryable": retryable,
+        "retryable": fits_ever and (fits_when_calls_end or resets_at_ms is not None),
         "subject_kind": "TENANT" if scope is None else scope.value,
         "subject": subject,
         "window_starts_at": None if starts_at_ms is None else rfc3339(starts_at_ms),
@@ -96,8 +108,6 @@ def _budget_exceeded(refused: ReserveRefused) -> Deny:
         needed=refused.needed,
         starts_at_ms=refused.starts_at_ms,
         resets_at_ms=refused.resets_at_ms,
-        # Money that is only held comes back when those calls end, unless what is spent leaves no room for this one.
-        retryable=refused.spent + refused.needed <= refused.limit,
     )
     whose = f" of {refused.subject}" if refused.subject else ""
     resets = f" It resets at {facts['resets_at']}." if facts["resets_at"] else ""

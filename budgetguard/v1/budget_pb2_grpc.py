@@ -117,7 +117,8 @@ class BudgetServiceServicer:
 
     def UpdateBudget(self, request, context):
         """Changes a budget. A new amount keeps what was spent; a new period, zone or anchor counts afresh, from the ledger. With
-        a new period what belonged to the old one (dates, anchors, rolling period) is dropped unless it is given anew.
+        a new period what belonged to the old one (dates, anchors, rolling period) is dropped unless it is given anew. The
+        dates of a CUSTOM period are days of its zone, so a new zone is taken with both of them only.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

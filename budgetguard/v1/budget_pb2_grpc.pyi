@@ -53,7 +53,8 @@ class BudgetServiceStub:
     """Lists a tenant's budgets with what is spent and held now."""
     UpdateBudget: _grpc.UnaryUnaryMultiCallable[_budget_pb2.UpdateBudgetRequest, _budget_pb2.Budget]
     """Changes a budget. A new amount keeps what was spent; a new period, zone or anchor counts afresh, from the ledger. With
-    a new period what belonged to the old one (dates, anchors, rolling period) is dropped unless it is given anew.
+    a new period what belonged to the old one (dates, anchors, rolling period) is dropped unless it is given anew. The
+    dates of a CUSTOM period are days of its zone, so a new zone is taken with both of them only.
     """
     DeleteBudget: _grpc.UnaryUnaryMultiCallable[_budget_pb2.DeleteBudgetRequest, _empty_pb2.Empty]
 
@@ -81,7 +82,8 @@ class BudgetServiceAsyncStub(BudgetServiceStub):
     """Lists a tenant's budgets with what is spent and held now."""
     UpdateBudget: _aio.UnaryUnaryMultiCallable[_budget_pb2.UpdateBudgetRequest, _budget_pb2.Budget]  # type: ignore[assignment]
     """Changes a budget. A new amount keeps what was spent; a new period, zone or anchor counts afresh, from the ledger. With
-    a new period what belonged to the old one (dates, anchors, rolling period) is dropped unless it is given anew.
+    a new period what belonged to the old one (dates, anchors, rolling period) is dropped unless it is given anew. The
+    dates of a CUSTOM period are days of its zone, so a new zone is taken with both of them only.
     """
     DeleteBudget: _aio.UnaryUnaryMultiCallable[_budget_pb2.DeleteBudgetRequest, _empty_pb2.Empty]  # type: ignore[assignment]
 
@@ -136,7 +138,8 @@ class BudgetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_budget_pb2.Budget, _abc.Awaitable[_budget_pb2.Budget]]:
         """Changes a budget. A new amount keeps what was spent; a new period, zone or anchor counts afresh, from the ledger. With
-        a new period what belonged to the old one (dates, anchors, rolling period) is dropped unless it is given anew.
+        a new period what belonged to the old one (dates, anchors, rolling period) is dropped unless it is given anew. The
+        dates of a CUSTOM period are days of its zone, so a new zone is taken with both of them only.
         """
 
     @_abc_1.abstractmethod

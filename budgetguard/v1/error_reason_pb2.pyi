@@ -51,7 +51,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """429: The 61st call in a minute under a limit of 60; Retry-After says when the next one fits."""
     ERROR_REASON_BUDGET_EXCEEDED: _ErrorReason.ValueType  # 14
     """402: A limit of $25.50, $25.49 spent or held, and a call that could cost $0.02; metadata: budget_id, limit_usd,
-    spent_usd, held_usd, resets_at.
+    spent_usd, held_usd, resets_at, retryable (whether the same call can pass later with no setting changed: when held
+    money comes back or, at the latest, at resets_at; false for a call that needs more than the whole limit).
     """
     ERROR_REASON_POLICY_UNAVAILABLE: _ErrorReason.ValueType  # 15
     """503: OPA did not answer within 50 ms."""
@@ -72,7 +73,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_METERING_UNAVAILABLE: _ErrorReason.ValueType  # 23
     """503: ext_proc was killed and is being started again; nothing was held for the call."""
     ERROR_REASON_TOKEN_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 24
-    """429: A limit of 10,000 tokens a minute, 9,000 of them used or held, and a call that could take 2,000."""
+    """429: A limit of 10,000 tokens a minute, 9,000 of them used or held, and a call that could take 2,000. Without
+    Retry-After, and retryable false: a call that alone could take 11,000.
+    """
     ERROR_REASON_CONCURRENCY_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 25
     """429: A limit of 5 concurrent calls, and a sixth while five are under way."""
     ERROR_REASON_BUDGET_SUBJECTS_EXCEEDED: _ErrorReason.ValueType  # 26
@@ -140,7 +143,8 @@ ERROR_REASON_RATE_LIMIT_EXCEEDED: ErrorReason.ValueType  # 13
 """429: The 61st call in a minute under a limit of 60; Retry-After says when the next one fits."""
 ERROR_REASON_BUDGET_EXCEEDED: ErrorReason.ValueType  # 14
 """402: A limit of $25.50, $25.49 spent or held, and a call that could cost $0.02; metadata: budget_id, limit_usd,
-spent_usd, held_usd, resets_at.
+spent_usd, held_usd, resets_at, retryable (whether the same call can pass later with no setting changed: when held
+money comes back or, at the latest, at resets_at; false for a call that needs more than the whole limit).
 """
 ERROR_REASON_POLICY_UNAVAILABLE: ErrorReason.ValueType  # 15
 """503: OPA did not answer within 50 ms."""
@@ -161,7 +165,9 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 22
 ERROR_REASON_METERING_UNAVAILABLE: ErrorReason.ValueType  # 23
 """503: ext_proc was killed and is being started again; nothing was held for the call."""
 ERROR_REASON_TOKEN_LIMIT_EXCEEDED: ErrorReason.ValueType  # 24
-"""429: A limit of 10,000 tokens a minute, 9,000 of them used or held, and a call that could take 2,000."""
+"""429: A limit of 10,000 tokens a minute, 9,000 of them used or held, and a call that could take 2,000. Without
+Retry-After, and retryable false: a call that alone could take 11,000.
+"""
 ERROR_REASON_CONCURRENCY_LIMIT_EXCEEDED: ErrorReason.ValueType  # 25
 """429: A limit of 5 concurrent calls, and a sixth while five are under way."""
 ERROR_REASON_BUDGET_SUBJECTS_EXCEEDED: ErrorReason.ValueType  # 26

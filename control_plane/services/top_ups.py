@@ -36,8 +36,6 @@ class TopUpService(top_up_pb2_grpc.TopUpServiceServicer):
     async def AddTopUp(self, request: top_up_pb2.AddTopUpRequest, _context: Any) -> top_up_pb2.TopUp:
         if not request.amount_usd:
             raise InvalidError("amount_usd", "expected US dollars as a decimal number, got none")
-        if not request.reason:
-            raise InvalidError("reason", "expected why the money is added")
         draft = TopUpDraft(
             top_up_id=self._new_id(),
             amount_nanos=dollars(request.amount_usd, field="amount_usd"),

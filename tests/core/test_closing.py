@@ -56,9 +56,12 @@ def test_a_window_without_an_end_has_no_reset():
 
 
 def test_what_the_stream_itself_holds_does_not_come_back():
-    """Were it asked again, it would have been charged: only what others hold may come back."""
-    assert budget_exhausted(REFUSED, hold_nanos=2 * 10**8).deny.facts["retryable"] is True
-    assert budget_exhausted(REFUSED, hold_nanos=2 * 10**8 + 1).deny.facts["retryable"] is False
+    """Were it asked again, it would have been charged: only what others hold may come back, or another window come."""
+    lifetime = replace(REFUSED, resets_at_ms=None)
+    assert budget_exhausted(lifetime, hold_nanos=2 * 10**8).deny.facts["retryable"] is True
+    assert budget_exhausted(lifetime, hold_nanos=2 * 10**8 + 1).deny.facts["retryable"] is False
+    assert budget_exhausted(REFUSED, hold_nanos=8 * 10**8).deny.facts["retryable"] is True
+    assert budget_exhausted(REFUSED, hold_nanos=8 * 10**8 + 1).deny.facts["retryable"] is False
 
 
 def test_whose_a_limit_is_is_kept_as_one_line():

@@ -27,7 +27,7 @@ def test_a_budget_tells_whose_it_is_and_when_it_resets():
         "needed_usd": "0.2",
         "window_starts_at": "1970-01-01T00:00:00Z",
         "resets_at": "1970-01-02T00:00:00Z",
-        "retryable": False,
+        "retryable": True,
     }
 
 
@@ -51,6 +51,12 @@ def test_a_budget_without_end_that_is_only_held_is_worth_a_retry():
             ReserveRefused(kind=Refusal.TOKENS, scope=SubjectKind.API_KEY, limit=60, needed=61, retry_after_ms=5),
             Reason.TOKEN_LIMIT_EXCEEDED,
             {"scope": "API_KEY", "limit_tokens_per_minute": 60, "retryable": False, "needed_tokens": 61},
+            None,
+        ),
+        (
+            ReserveRefused(kind=Refusal.TOKENS, scope=SubjectKind.API_KEY, limit=60, needed=60, retry_after_ms=5),
+            Reason.TOKEN_LIMIT_EXCEEDED,
+            {"scope": "API_KEY", "limit_tokens_per_minute": 60, "retryable": True, "needed_tokens": 60},
             1,
         ),
         (
@@ -72,3 +78,25 @@ def test_a_budget_without_end_that_is_only_held_is_worth_a_retry():
 def test_each_limit_tells_its_own_numbers(refused, reason, facts, seconds):
     deny = deny_of(refused)
     assert (deny.reason, deny.facts, deny.retry_after_seconds) == (reason, facts, seconds)
+
+
+@pytest.mark.parametrize(
+    ("changes", "retryable"),
+    [
+        ({"spent": 0, "held": 10**9}, True),  # what is held comes back
+        ({"resets_at_ms": 45_000}, True),  # a window resets, a rolling one frees what is needed by then
+        ({}, False),  # nothing but another limit helps
+        ({"needed": 10**9, "resets_at_ms": 45_000}, True),
+        ({"needed": 10**9 + 1, "resets_at_ms": 45_000}, False),  # more than the limit never fits
+    ],
+)
+def test_retryable_says_whether_the_call_can_pass_with_no_setting_changed(changes, retryable):
+    assert deny_of(ReserveRefused(**{**BUDGET, **changes})).facts["retryable"] is retryable
+
+
+def test_a_call_that_never_fits_is_not_told_to_wait():
+    deny = deny_of(ReserveRefused(kind=Refusal.TOKENS, limit=60, needed=61, retry_after_ms=61_000))
+    assert deny.message.startswith(
+        "This call alone can take up to 61 tokens, more than the limit of 60 tokens a minute"
+    )
+    assert "again" not in deny.message

@@ -13,10 +13,12 @@ from budgetguard.core.entities import (
     BudgetDraft,
 )
 from budgetguard.core.errors import FieldViolation, InvalidError
-from budgetguard.core.money import COUNTER_NANOS_MAX
+from budgetguard.core.money import COUNTER_NANOS_MAX, format_usd
 from budgetguard.core.snapshot import SubjectKind, WindowKind
 from budgetguard.core.window import ANCHOR_DAY_MAX, ANCHORED_MONTHS, CALENDAR
 from budgetguard.core.zones import ZONE_EXPECTED, zone_names
+
+_EXPECTED_USD = f"expected US dollars, 0 to {format_usd(COUNTER_NANOS_MAX)}"
 
 
 def check_draft(draft: BudgetDraft, *, path: str = "") -> None:
@@ -34,14 +36,14 @@ def check_draft(draft: BudgetDraft, *, path: str = "") -> None:
 
 def _check(draft: BudgetDraft) -> None:
     if not 0 <= draft.limit_nanos <= COUNTER_NANOS_MAX:
-        raise InvalidError("limit_nanos", f"expected 0 to {COUNTER_NANOS_MAX}")
+        raise InvalidError("limit_nanos", _EXPECTED_USD)
     _check_subject(draft)
     _check_window(draft)
     cap_nanos = draft.rollover_cap_nanos
     if cap_nanos is not None and (draft.each or draft.window not in CALENDAR):
         raise InvalidError("rollover_cap_nanos", "expected none: only a calendar window of one subject is carried over")
     if cap_nanos is not None and not 0 <= cap_nanos <= COUNTER_NANOS_MAX:
-        raise InvalidError("rollover_cap_nanos", f"expected 0 to {COUNTER_NANOS_MAX}")
+        raise InvalidError("rollover_cap_nanos", _EXPECTED_USD)
     thresholds = draft.threshold_bps
     if not all(0 < bps <= THRESHOLD_BPS_MAX for bps in thresholds) or len(thresholds) > THRESHOLDS_MAX:
         raise InvalidError("threshold_bps", f"expected at most {THRESHOLDS_MAX} numbers of 1 to {THRESHOLD_BPS_MAX}")

@@ -255,9 +255,17 @@ def _draft_of(budget: Budget) -> BudgetDraft:
 
 
 def _changed(before: Budget, changes: BudgetChanges) -> Budget:
-    """Apply changes. Of another kind of window what belonged to the old kind is dropped, unless it is given anew."""
+    """Apply changes. Of another kind of window what belonged to the old kind is dropped, unless it is given anew.
+
+    Raises:
+        InvalidError: the dates of a fixed window would no longer be days of its zone.
+    """
     wanted = replace(before, **changes)
     if wanted.window is before.window:
+        is_moved = wanted.window is WindowKind.FIXED and wanted.zone != before.zone
+        if is_moved and not {"starts_at_ms", "ends_at_ms"} <= changes.keys():
+            # Kept as instants, they would be other times of day in that zone.
+            raise InvalidError("zone", "expected start_date and end_date with it: they are days of the zone")
         return wanted
     return replace(
         wanted,

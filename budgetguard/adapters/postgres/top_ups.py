@@ -11,7 +11,7 @@ from budgetguard.adapters.postgres.pool import Connection, Database, moment_or_n
 from budgetguard.adapters.postgres.tenant_rows import raise_version
 from budgetguard.core.entities import REASON_CHARACTERS_MAX, TOP_UPS_PER_BUDGET_MAX, BudgetTopUp, Page, TopUpDraft
 from budgetguard.core.errors import AlreadyExistsError, InvalidError, NotFoundError
-from budgetguard.core.money import COUNTER_NANOS_MAX
+from budgetguard.core.money import COUNTER_NANOS_MAX, format_usd
 
 TOP_UP = "top-up"
 _ADD = "top_ups.add"
@@ -130,9 +130,13 @@ class TopUpRepository:
 
 def _check(draft: TopUpDraft) -> None:
     if not 0 < draft.amount_nanos <= COUNTER_NANOS_MAX:
-        raise InvalidError("amount_nanos", f"expected 1 to {COUNTER_NANOS_MAX}")
-    if not 0 < len(draft.reason) <= REASON_CHARACTERS_MAX or not draft.reason.isprintable():
-        raise InvalidError("reason", f"expected 1 to {REASON_CHARACTERS_MAX} printable characters")
+        raise InvalidError(
+            "amount_nanos", f"expected US dollars, more than 0 and at most {format_usd(COUNTER_NANOS_MAX)}"
+        )
+    if not draft.reason.strip():
+        raise InvalidError("reason", "expected why the money is added")
+    if len(draft.reason) > REASON_CHARACTERS_MAX or not draft.reason.isprintable():
+        raise InvalidError("reason", f"expected at most {REASON_CHARACTERS_MAX} printable characters")
 
 
 def _moment(field: str, milliseconds: int | None) -> Any:

@@ -123,6 +123,7 @@ def test_a_template_has_no_window_of_its_own(rest, tenant_id):
         ({"subjectsMax": 5}, "subjectsMax"),
         ({"each": "tag", "subjectsMax": 1_000_001}, "subjectsMax"),
         ({"each": "tag", "subjectsMax": -1}, "subjectsMax"),
+        ({"tagId": "a\x00"}, "tagId"),
         ({"timeZone": "Mars/Olympus"}, "timeZone"),
         ({"timeZone": "localtime"}, "timeZone"),
         ({"timeZone": "posixrules"}, "timeZone"),
@@ -167,8 +168,31 @@ def test_the_days_of_a_custom_period_are_those_of_its_zone(rest, tenant_id):
     path = f"/v1/admin/budgets/{made['id']}"
     changed = rest.patch(path, json={"endDate": "2026-04-01"}).json()
     assert changed["endDate"] == "2026-04-01T22:00:00Z"
-    moved = rest.patch(path, json={"endDate": "2026-04-01", "timeZone": "Asia/Tokyo"}).json()
-    assert (moved["endDate"], moved["timeZone"]) == ("2026-04-01T15:00:00Z", "Asia/Tokyo")
+    moved = rest.patch(path, json={"startDate": "2026-03-01", "endDate": "2026-04-01", "timeZone": "Asia/Tokyo"}).json()
+    assert (moved["startDate"], moved["endDate"]) == ("2026-02-28T15:00:00Z", "2026-04-01T15:00:00Z")
+    assert moved["timeZone"] == "Asia/Tokyo"
+
+
+@pytest.fixture
+def custom(rest, tenant_id):
+    days = {"period": "custom", "startDate": "2026-03-01", "endDate": "2026-03-31", "timeZone": "Europe/Berlin"}
+    return create(rest, tenant_id, **days).json()
+
+
+def test_the_zone_of_a_custom_period_changes_with_both_its_dates_only(rest, custom):
+    path = f"/v1/admin/budgets/{custom['id']}"
+    for body in ({}, {"startDate": "2026-03-01"}, {"endDate": "2026-03-31"}):
+        told = violations(rest.patch(path, json={**body, "timeZone": "Asia/Tokyo"}))
+        assert list(told) == ["timeZone"]
+        assert "start_date and end_date" in told["timeZone"]
+    assert rest.patch(path, json={"timeZone": "Europe/Berlin"}).json() == custom
+
+
+@pytest.mark.parametrize("nothing", ["", None])
+@pytest.mark.parametrize("field", ["startDate", "endDate"])
+def test_a_date_that_is_taken_away_is_refused_by_its_name(rest, custom, budget, field, nothing):
+    for one in (custom, budget):
+        assert list(violations(rest.patch(f"/v1/admin/budgets/{one['id']}", json={field: nothing}))) == [field]
 
 
 def test_every_term_can_be_changed_and_taken_back(rest, budget):
@@ -255,6 +279,7 @@ def test_a_top_up_counts_from_the_answer_on(rest, budget):
 @pytest.mark.parametrize(
     ("body", "field"),
     [
+        ({"amountUsd": 1, "reason": "  "}, "reason"),
         ({"reason": "x"}, "amountUsd"),
         ({"amountUsd": 0, "reason": "x"}, "amountUsd"),
         ({"amountUsd": -1, "reason": "x"}, "amountUsd"),
@@ -269,6 +294,11 @@ def test_a_top_up_that_cannot_be(rest, budget, body, field):
     path = f"/v1/admin/budgets/{budget['id']}/topups"
     assert list(violations(rest.post(path, json=body))) == [field]
     assert rest.get(path).json()["topUps"] == []
+
+
+def test_a_top_up_of_nothing_is_refused_in_dollars(rest, budget):
+    told = violations(rest.post(f"/v1/admin/budgets/{budget['id']}/topups", json={"amountUsd": 0, "reason": "x"}))
+    assert told == {"amountUsd": "expected US dollars, more than 0 and at most 9223372036.854775807"}
 
 
 def test_top_ups_of_what_does_not_exist(rest):

@@ -34,6 +34,30 @@ def test_a_wrong_body_is_refused_by_field(rest, key, content, field):
     assert list(violations(asks(rest, key, content))) == [field]
 
 
+def test_a_body_that_is_too_large_is_told_in_our_words(rest, key):
+    answer = asks(rest, key, b'{"route":"/v1/embeddings","request":{"input":"' + b"a" * 2**21 + b'"}}')
+    assert answer.status_code == 413
+    assert answer.json() == {"code": 3, "message": "The request body is larger than 1 MiB."}
+
+
+def test_a_field_of_the_call_is_named_once(rest, key):
+    body = {"model": "gpt-4o-mini", "n": 0, "messages": [{"role": "user", "content": "a"}]}
+    answer = rest.post(
+        "/v1/budgetguard/quote", json={"route": "/v1/chat/completions", "request": body}, headers={"X-API-Key": key}
+    )
+    assert violations_of(answer).keys() == {"request.n"}
+    assert answer.json()["message"].startswith("request.n: expected "), answer.text
+    tagged = rest.get("/v1/budgetguard/budgets", headers={"X-API-Key": key, "X-Tags": "serach"})
+    assert violations_of(tagged) == {"X-Tags": "there is no tag 'serach'."}
+    assert tagged.json()["message"] == "X-Tags: there is no tag 'serach'."
+
+
+def violations_of(answer) -> dict[str, str]:
+    assert answer.status_code == 400, answer.text
+    found = next(detail for detail in answer.json()["details"] if detail["@type"].endswith("BadRequest"))
+    return {one["field"]: one["description"] for one in found["fieldViolations"]}
+
+
 def test_members_keep_their_spelling():
     text = ' {"a" : {"b":[1, 2.50 ]} ,"\\u0063":"}" }\n'
     assert spelled_members(text) == {"a": '{"b":[1, 2.50 ]}', "c": '"}"'}

@@ -285,6 +285,21 @@ def test_usage_is_filtered_by_query(rest, tenant_id):
     assert list(violations(rest.get("/admin/usage/ledger", params={"page_size": -1}))) == ["page_size"]
 
 
+def test_a_span_of_no_time_is_refused(rest, tenant_id):
+    for path in ("/admin/usage/ledger", f"/admin/tenant/{tenant_id}/usage", "/v1/admin/refusals"):
+        for since in ("2026-01-02", "2026-01-01", "2026-01-01T00:00:00Z"):
+            answer = rest.get(path, params={"from": since, "until": "2026-01-01"})
+            assert list(violations(answer)) == ["from"], since
+        assert rest.get(path, params={"from": "2025-12-31", "until": "2026-01-01"}).status_code == 200
+
+
+def test_a_nul_is_blamed_on_the_field_that_was_sent(rest, tenant_id):
+    body = {"name": "x", "updateMask": "na\x00me"}
+    assert list(violations(rest.put(f"/admin/tenant/{tenant_id}", json=body))) == ["updateMask"]
+    tags = {"requiredTags": ["a", "b\x00"]}
+    assert list(violations(rest.put(f"/admin/tenant/{tenant_id}", json=tags))) == ["requiredTags"]
+
+
 @pytest.mark.parametrize("path", ["/v1/admin/refusals", "/v1/admin/tenants/{}/refusals", "/admin/tenant/{}/refusals"])
 def test_refusals_are_filtered_by_query(rest, tenant_id, path):
     path = path.format(tenant_id)
