@@ -1,8 +1,12 @@
 """Serves a program's metrics to Prometheus, at an address of their own."""
 
+import logging
+
 from prometheus_client import CollectorRegistry, start_http_server
 
-from budgetguard.adapters.serving import ListenError, split_host_port
+from budgetguard.adapters.serving import split_host_port
+
+logger = logging.getLogger(__name__)
 
 
 def serve_metrics(address: str | None, registry: CollectorRegistry) -> None:
@@ -11,8 +15,7 @@ def serve_metrics(address: str | None, registry: CollectorRegistry) -> None:
     A thread of its own answers, so what the registry reads at a scrape must be of one piece at any moment: a number, or
     a value that is replaced and never changed.
 
-    Raises:
-        ListenError: the address cannot be listened on.
+    Calls are worth more than their metrics: an address that cannot be listened on is an alarm, and no reason to be away.
     """
     if address is None:
         return
@@ -20,4 +23,4 @@ def serve_metrics(address: str | None, registry: CollectorRegistry) -> None:
     try:
         start_http_server(port, addr=host, registry=registry)
     except OSError as error:
-        raise ListenError(f"cannot listen on {address} for metrics: {error.strerror or error}") from error
+        logger.error("alarm=metrics_not_served address=%s: %s", address, error.strerror or error)

@@ -151,15 +151,15 @@ async def test_prometheus_sees_what_waits_in_the_spool(folder, own_redis_server,
     assert after["process_resident_memory_bytes"] > 0
 
 
-def test_an_address_for_metrics_that_is_taken_is_one_sentence(folder):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+async def test_an_address_for_metrics_that_is_taken_is_an_alarm_and_calls_are_metered(folder, own_redis_server, redis):
+    handoff = await admit_in_redis(redis)
+    with socket.create_server(("127.0.0.1", 0)) as taken, (folder / "log").open("wb") as log:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with running(
-            folder, "redis://127.0.0.1:1/0", EXT_PROC_METRICS_ADDRESS=address, stderr=subprocess.PIPE
-        ) as process:
-            said = process.stderr.read().decode()
-            assert process.wait(20) == 1
-    assert said == f"ext_proc: cannot listen on {address} for metrics: Address already in use\n"
+        with running(folder, own_redis_server.url, EXT_PROC_METRICS_ADDRESS=address, stderr=log):
+            async with grpc.aio.insecure_channel(f"unix:{folder}/proc.sock") as channel:
+                await play(channel, handoff)
+                assert await counter_in_redis(redis, handoff) == (FIXTURE_NANOS, 0)
+    assert f"alarm=metrics_not_served address={address}" in (folder / "log").read_text()
 
 
 @pytest.mark.parametrize("loss", ["killed", "flushed"])
