@@ -15,12 +15,12 @@ def serve_metrics(address: str | None, registry: CollectorRegistry) -> None:
     A thread of its own answers, so what the registry reads at a scrape must be of one piece at any moment: a number, or
     a value that is replaced and never changed.
 
-    Calls are worth more than their metrics: an address that cannot be listened on is an alarm, and no reason to be away.
+    Calls are worth more than their metrics: an address that cannot be listened on is an alarm, no reason to be away.
     """
     if address is None:
         return
     host, port = split_host_port(address)
     try:
         start_http_server(port, addr=host, registry=registry)
-    except OSError as error:
-        logger.error("alarm=metrics_not_served address=%s: %s", address, error.strerror or error)
+    except OSError:
+        logger.exception("alarm=metrics_not_served address=%s", address)
