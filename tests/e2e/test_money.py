@@ -61,7 +61,8 @@ async def test_a_budget_worth_fifty_calls_admits_fifty_of_a_thousand(stack, new_
     assert statuses == {200: 50, 402: 950}
     assert tenant.settled() == 50 * held
     assert tenant.ledger_sum(at_least=50) == 50 * held
-    assert {row["end"] for row in tenant.rows(at_least=50)} == {"CONFIRMED"}
+    # What was not decided in time gave its hold back.
+    assert {row["end"] for row in tenant.rows(at_least=50)} - {"RELEASED"} == {"CONFIRMED"}
 
 
 @pytest.mark.parametrize("stream", [False, True])
