@@ -263,8 +263,13 @@ def windows_around(spec: BudgetSpec, now_ms: int) -> list[Window]:
 
 
 def lately(window: Window, now_ms: int) -> Window:
-    """Return the part of a window in which a template's subject must have spent to have a counter."""
-    return Window(max(window.starts_at_ms, now_ms - IDLE_KEPT_MS), window.resets_at_ms)
+    """Return the part of a window in which a template's subject must have spent to have a counter.
+
+    Only a counter of a window that never ends is forgotten while it is idle (``core/counter.py``).
+    """
+    if window.resets_at_ms is not None:
+        return window
+    return Window(max(window.starts_at_ms, now_ms - IDLE_KEPT_MS), None)
 
 
 def counted(spent: Mapping[int | None, int]) -> int | dict[int, int]:

@@ -243,10 +243,9 @@ class Exchange:
         cost_nanos = self._cost_nanos(top_ups.handoff) if reader.complete else None
         closing = await top_ups.cover(reader.output_tokens_seen, cost_nanos=cost_nanos)
         self._handoff = top_ups.handoff
+        # A response that was taken over is read to its end: the reader may have half an event of it.
         if closing is not None:
             self._closed = closing.detail
-        elif reader.complete:
-            self._passing = not self._must_hide()
         if closing is not None or reader.complete:
             await self._settle_now()
         if closing is not None:

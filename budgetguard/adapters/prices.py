@@ -9,6 +9,7 @@ from budgetguard.core.asking import PricedModel
 from budgetguard.core.catalog import Catalog, ProviderSpec
 from budgetguard.core.model_limits import output_tokens_largest
 from budgetguard.core.pricing import (
+    PriceOverride,
     PriceUnknownError,
     load_shipped_prices,
     shipped_context_window,
@@ -69,20 +70,31 @@ class PriceBook:
         return priced
 
     def _resolve(self, *, provider_id: str, model: str, now_ms: int) -> PricedModel:
-        override = self._catalog and self._catalog.price_for(provider_id=provider_id, model=model, at_ms=now_ms)
+        catalog = self._catalog
+        override = None if catalog is None else catalog.price_for(provider_id=provider_id, model=model, at_ms=now_ms)
         at = datetime.fromtimestamp(now_ms / 1000, UTC)
         try:
             context_window = shipped_context_window(provider_id=provider_id, model=model)
         except PriceUnknownError:
             context_window = None
         return PricedModel(
-            model=override.model if override else shipped_model(provider_id=provider_id, model=model),
+            model=self._priced_model(override, provider_id=provider_id, model=model),
             rate_card=override.rate_card()
             if override
             else shipped_rate_card(provider_id=provider_id, model=model, at=at),
             context_window=context_window,
             output_tokens_largest=output_tokens_largest(provider_id=provider_id, model=model),
         )
+
+    @staticmethod
+    def _priced_model(override: PriceOverride | None, *, provider_id: str, model: str) -> str:
+        """Name the model whose budgets a call counts in: a price of our own takes it out of none."""
+        try:
+            return shipped_model(provider_id=provider_id, model=model)
+        except PriceUnknownError:
+            if override is None:
+                raise
+            return override.model
 
     async def refresh(self) -> None:
         """Read the catalog once; a newer one replaces ours and every resolved price.

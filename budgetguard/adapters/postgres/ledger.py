@@ -154,8 +154,8 @@ class LedgerRepository:
             await _move_positions(
                 connection, [*((s, i) for s, i, _ in deliveries), *((d.shard, d.event_id) for d in dead)]
             )
-            for forgotten, run in groupby(deliveries, key=lambda delivery: delivery[2].forgotten):
-                added, wrong = await _insert(connection, list(run), forgotten=forgotten)
+            for looks_first, run in groupby(deliveries, key=_looks_first):
+                added, wrong = await _insert(connection, list(run), looks_first=looks_first)
                 rows += added
                 refused += wrong
             await _put_aside(connection, refused)
@@ -229,11 +229,20 @@ async def _move_positions(connection: Connection, entries: Sequence[tuple[int, s
     await connection.executemany(_MOVE_POSITION, [(shard, *newest[shard]) for shard in sorted(newest)])
 
 
+def _looks_first(delivery: Delivery) -> bool:
+    """Whether an event is told without knowing what the ledger has of its operation.
+
+    So is an expiry: a Redis that came back older may expire a hold whose end has long been in the ledger.
+    """
+    _, _, event = delivery
+    return event.forgotten or event.end is End.EXPIRED
+
+
 async def _insert(
-    connection: Connection, deliveries: Sequence[Delivery], *, forgotten: bool
+    connection: Connection, deliveries: Sequence[Delivery], *, looks_first: bool
 ) -> tuple[int, list[DeadEvent]]:
-    """Insert all at once; when one of them is refused, one by one. Forgotten ones look at rows of one another."""
-    if not forgotten:
+    """Insert all at once; when one is refused, one by one. Those that look first may look at one another's rows."""
+    if not looks_first:
         try:
             return await _insert_all(connection, _INSERT, deliveries), []
         except _POISON:
@@ -242,7 +251,7 @@ async def _insert(
     rows, dead = 0, []
     for delivery in deliveries:
         try:
-            rows += await _insert_all(connection, _INSERT_FORGOTTEN if forgotten else _INSERT, [delivery])
+            rows += await _insert_all(connection, _INSERT_FORGOTTEN if looks_first else _INSERT, [delivery])
         except _POISON:
             dead.append(_dead(delivery))
     return rows, dead

@@ -178,6 +178,14 @@ async def test_a_forgotten_operation_sees_the_rows_before_it_in_its_own_batch(le
     assert await ledger.spent(**EVERYTHING) == 100
 
 
+async def test_an_end_that_stands_is_not_charged_again_when_a_revived_hold_expires(ledger):
+    """A Redis that came back older may have the hold again, and nobody else remembers that it has ended."""
+    await ledger.insert_events([a_delivery("op-1", end=End.CONFIRMED, delta_nanos=120)])
+    expired = a_delivery("op-1", end=End.EXPIRED, delta_nanos=500, event_id="9-1")
+    assert (await ledger.insert_events([expired])).rows == 0
+    assert await ledger.spent(**EVERYTHING) == 120
+
+
 async def test_two_writers_of_one_forgotten_operation_charge_it_once(ledger):
     first = a_delivery("op-1", end=End.EXPIRED, delta_nanos=500)
     late = a_delivery("op-1", end=End.CONFIRMED, delta_nanos=120, forgotten=True)

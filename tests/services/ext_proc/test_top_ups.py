@@ -159,6 +159,15 @@ async def test_what_its_hold_pays_for_passes_with_its_usage_without_another_trip
     assert (counters.extends, counters.ends) == (0, [(End.CONFIRMED, 19 * 150 + 20 * 600)])
 
 
+async def test_an_event_that_is_cut_behind_the_usage_reaches_the_client_whole(stream, counters):
+    await begin(stream, counters)
+    for piece in (chunk("~") + usage(20) + DONE[:8], DONE[8:]):
+        await stream.response_body(piece)
+    await stream.response_body(b"", end=True)
+    assert stream.to_client.endswith(usage(20) + DONE)
+    assert counters.ends == [(End.CONFIRMED, 19 * 150 + 20 * 600)]
+
+
 async def test_such_a_piece_runs_on_where_the_tenant_wants_it(stream, counters):
     await begin(stream, counters, overrun=True, limit_nanos=HOLD_NANOS)
     await stream.response_body(chunk("~" * 300) + usage(200) + DONE, end=True)
