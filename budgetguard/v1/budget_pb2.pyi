@@ -186,7 +186,7 @@ class Budget(_message.Message):
     model: _builtins.str
     """Limits the calls that name this model, and those that are priced as it, in any case: "gpt-4o-mini" limits
     "gpt-4o-mini-2024-07-18" too, "gpt-4o-mini-2024-07-18" only itself. What a call is priced as, also the subject of
-    EACH_MODEL, is LedgerRow.priced_model: the id of the shipped price, or the model of our own price row.
+    EACH_MODEL, is LedgerRow.priced_model: the id of the shipped price, or where there is none, the model of our own row.
     """
     provider_id: _builtins.str
     each: Global___Budget.Each.ValueType
