@@ -14,6 +14,12 @@ def test_ports_that_are_taken_are_passed_over():
     assert ports[0] > port
 
 
+def test_a_free_port_is_none_that_a_connection_may_be_given():
+    ports = {free_port() for _ in range(50)}
+    assert len(ports) > 1
+    assert max(ports) < 32_768
+
+
 def test_no_more_ports_than_there_are():
     assert len(free_ports_from(65_535, count=2)) <= 1
 

@@ -2,21 +2,19 @@
 
 import asyncio
 import json
-import socket
 
 import httpx
 import openai
 import pytest
 
 from budgetguard.cli.fake_provider import serve
+from budgetguard.cli.local.parts import free_port
 from budgetguard.core.providers import REGISTRY
 
 
 @pytest.fixture
 async def base_url():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     runner = await serve(port=port)
     yield f"http://127.0.0.1:{port}"
     await runner.cleanup()

@@ -1,6 +1,7 @@
 """How each part of one machine's stack is run: its command, what it may know, and how it shows that it is ready."""
 
 import os
+import random
 import socket
 import sys
 from collections.abc import Mapping
@@ -22,6 +23,9 @@ HEALTH_SECONDS = 1.0
 PROGRAM_START_SECONDS = 60.0
 # Recovery after a crash replays the log.
 DATABASE_START_SECONDS = 120.0
+# Systems give the near ends of connections ports from 32,768 (Linux) or 49,152 (others) on: a port that was free there
+# when it was looked for can be taken when a server comes to listen on it.
+UNASSIGNED_PORTS = range(20_000, 32_000)
 PROVIDER_KEY_VARIABLES = ("OPENAI_API_KEY", "OPENAI_KEY")
 # What only some programs need; nobody else gets to see it.
 _SECRETS = ("DATABASE_URL", "MIGRATE_DATABASE_URL", "REDIS_URL", "ADMIN_API_KEY", *PROVIDER_KEY_VARIABLES)
@@ -140,10 +144,9 @@ def is_listening(host: str, port: int) -> bool:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """Find a port that nobody listens on."""
-    with socket.socket(_family(host), socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """Find a port that nobody listens on, and that no outgoing connection is given before somebody does."""
+    shuffled = random.sample(UNASSIGNED_PORTS, k=len(UNASSIGNED_PORTS))
+    return next(port for port in shuffled if port_problem(host, port) is None)
 
 
 def free_ports_from(first: int, *, count: int) -> list[int]:

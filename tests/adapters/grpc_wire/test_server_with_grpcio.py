@@ -11,6 +11,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from budgetguard.adapters.grpc_wire.call import MESSAGE_BYTES_MAX, RpcError, StatusCode
+from budgetguard.cli.local.parts import free_port
 
 MEBIBYTE = 2**20
 
@@ -71,8 +72,8 @@ async def test_two_hundred_calls_at_once(channel):
     assert await streams == [[b"%d/%d" % (number, part) for part in range(5)] for number in range(200)]
 
 
-async def test_a_synchronous_client_over_tcp(make_server, unused_tcp_port):
-    server = make_server(f"127.0.0.1:{unused_tcp_port}")
+async def test_a_synchronous_client_over_tcp(make_server):
+    server = make_server(f"127.0.0.1:{free_port()}")
     await server.start()
 
     def talk():

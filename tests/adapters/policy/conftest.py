@@ -1,11 +1,11 @@
 import multiprocessing
 import shutil
-import socket
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
+from budgetguard.cli.local.parts import free_port
 from tests.adapters.policy.engines import Embedded, Opa
 
 
@@ -22,9 +22,7 @@ async def engine(request):
     if request.param == "embedded":
         engine = Embedded()
     elif request.param == "opa over TCP":
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free_port()}"
         engine = Opa(address, f"http://{address}")
     else:
         engine = Opa(f"unix://{folder}/opa.sock", f"unix:{folder}/opa.sock")

@@ -6,6 +6,7 @@ import pytest
 
 from budgetguard.adapters.redis.client import CountersUnavailableError, RedisClient, RedisReplyError
 from budgetguard.adapters.redis.scripts import Script, ScriptRunner, info_field
+from budgetguard.cli.local.parts import free_port
 
 GET_RUN_ID = Script("renew")
 GET_RUN_ID.name, GET_RUN_ID.body = "get_run_id", "redis.call('INCR', KEYS[1]) return RUN_ID"
@@ -119,11 +120,12 @@ async def test_nobody_there_is_one_kind_of_error(url):
         await RedisClient(url).command("PING")
 
 
-async def test_it_speaks_tcp(own_redis_server, unused_tcp_port):
+async def test_it_speaks_tcp(own_redis_server):
+    port = free_port()
     await own_redis_server.wait_until_ready()
     local = RedisClient(own_redis_server.url)
-    await local.command("CONFIG", "SET", "port", unused_tcp_port)
-    remote = RedisClient(f"redis://127.0.0.1:{unused_tcp_port}/0")
+    await local.command("CONFIG", "SET", "port", port)
+    remote = RedisClient(f"redis://127.0.0.1:{port}/0")
     assert await remote.command("PING") == "PONG"
     await remote.close()
     await local.close()
