@@ -4,11 +4,10 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-import hiredis
 from redis.asyncio import connection as redis_py
 from redis.exceptions import RedisError
 
-from budgetguard.adapters.redis.connection import Connection, CountersUnavailableError
+from budgetguard.adapters.redis.connection import Argument, Connection, CountersUnavailableError, packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +19,7 @@ class Address:
     path: str | None
     tls: redis_py.RedisSSLContext | None
     # AUTH, CLIENT SETNAME and SELECT, as far as they are wanted. Holds the password.
-    greeting: tuple[tuple[str | int, ...], ...] = field(repr=False)
+    greeting: tuple[tuple[Argument, ...], ...] = field(repr=False)
 
     @classmethod
     def from_url(cls, url: str) -> "Address":
@@ -34,7 +33,7 @@ class Address:
             known = options.pop("connection_class", redis_py.Connection)(**options)
         except (TypeError, RedisError) as error:
             raise ValueError(f"wrong option in the URL of Redis: {error}") from error
-        greeting: list[tuple[str | int, ...]] = []
+        greeting: list[tuple[Argument, ...]] = []
         if known.username:
             greeting.append(("AUTH", known.username, known.password or ""))
         elif known.password:
@@ -85,7 +84,6 @@ class Address:
     async def _greet(self, connection: Connection) -> None:
         if not self.greeting:
             return
-        packed = b"".join([hiredis.pack_command(command) for command in self.greeting])  # type: ignore[arg-type] # its stub names a tuple of one
-        for reply in await connection.ask(packed, len(self.greeting)):
+        for reply in await connection.ask(packed(*self.greeting), len(self.greeting)):
             if isinstance(reply, Exception):
                 raise CountersUnavailableError(f"Redis turns us away: {reply}") from reply

@@ -6,17 +6,18 @@ Why it is ours and not redis-py's: docs/decisions/014-thin-redis-client.md.
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeAlias
-
-import hiredis
 
 from budgetguard.adapters.redis.address import Address
-from budgetguard.adapters.redis.connection import Connection, CountersUnavailableError, RedisReplyError, Reply
+from budgetguard.adapters.redis.connection import (
+    Argument,
+    Connection,
+    CountersUnavailableError,
+    RedisReplyError,
+    Reply,
+    packed,
+)
 
 __all__ = ["Argument", "CountersUnavailableError", "PinnedConnection", "RedisClient", "RedisReplyError", "Reply"]
-
-# One command's argument.
-Argument: TypeAlias = str | int | bytes
 
 # Longer than any script takes; callers on the data plane set tighter deadlines of their own around a call.
 TIMEOUT_SECONDS = 1.0
@@ -24,15 +25,6 @@ TIMEOUT_SECONDS = 1.0
 CONNECTIONS_MAX = 64
 
 _CLOSED = "the client of Redis was closed"
-
-
-def _packed(arguments: Sequence[Argument]) -> bytes:
-    packed: bytes = hiredis.pack_command(tuple(arguments))  # type: ignore[arg-type] # its stub names a tuple of one
-    return packed
-
-
-def _packed_all(commands: Sequence[Sequence[Argument]]) -> bytes:
-    return b"".join([_packed(command) for command in commands])
 
 
 def _plain(replies: list[Reply]) -> list[Reply]:
@@ -50,13 +42,13 @@ class PinnedConnection:
 
     async def command(self, *arguments: Argument) -> Reply:
         """Send one command and return its reply."""
-        return _plain(await self._connection.ask(_packed(arguments), 1))[0]
+        return _plain(await self._connection.ask(packed(arguments), 1))[0]
 
     async def pipeline(self, commands: Sequence[Sequence[Argument]]) -> list[Reply]:
         """Send several commands at once; an error reply is raised after all replies are read."""
         if not commands:
             return []
-        return _plain(await self._connection.ask(_packed_all(commands), len(commands)))
+        return _plain(await self._connection.ask(packed(*commands), len(commands)))
 
 
 class RedisClient:
@@ -101,13 +93,13 @@ class RedisClient:
 
     async def command(self, *arguments: Argument) -> Reply:
         """Send one command and return its reply. One that blocks would stop every caller: it has to be pinned."""
-        return _plain(await self._ask(_packed(arguments), 1))[0]
+        return _plain(await self._ask(packed(arguments), 1))[0]
 
     async def pipeline(self, commands: Sequence[Sequence[Argument]]) -> list[Reply]:
         """Send several commands in one trip and return their replies in order; of errors, the first is raised."""
         if not commands:
             return []
-        return _plain(await self._ask(_packed_all(commands), len(commands)))
+        return _plain(await self._ask(packed(*commands), len(commands)))
 
     async def close(self) -> None:
         """Close every connection now, and each pinned one when it is given back. Every later call fails."""
@@ -120,15 +112,15 @@ class RedisClient:
         while self._idle:
             await self._idle.pop().close(_CLOSED)
 
-    async def _ask(self, packed: bytes, count: int) -> list[Reply]:
+    async def _ask(self, sent: bytes, count: int) -> list[Reply]:
         if self._shared is not None and not self._shared.broken:
-            return await self._shared.ask(packed, count)
+            return await self._shared.ask(sent, count)
         try:
             async with asyncio.timeout(self.timeout_seconds):
                 connection = await self._reconnected()
         except TimeoutError as error:
             raise self._no_answer() from error
-        return await connection.ask(packed, count)
+        return await connection.ask(sent, count)
 
     async def _reconnected(self) -> Connection:
         """Wait for the attempt to connect that is under way, or begin one. It outlives the caller who began it."""

@@ -6,6 +6,7 @@ CountersUnavailableError          Redis cannot be reached, or not in time: the c
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias, cast
 
@@ -13,6 +14,8 @@ import hiredis
 
 # Strings, integers, ``None`` and lists of them.
 Reply: TypeAlias = Any
+# One command's argument.
+Argument: TypeAlias = str | int | bytes
 
 # At 40 us a script that is 160 ms of Redis' time: whoever came after it would hardly be answered within its deadline.
 # The call that reaches the bound may pass it, so that no pipeline is too long for a Redis with nothing else to do.
@@ -43,6 +46,11 @@ class RedisReplyError(CountersUnavailableError):
 def _reply_error(text: str) -> CountersUnavailableError:
     text = text.removeprefix("ERR ")
     return CountersUnavailableError(f"Redis: {text}") if text.startswith(_NOT_SERVING) else RedisReplyError(text)
+
+
+def packed(*commands: Sequence[Argument]) -> bytes:
+    """Return what is sent for these commands."""
+    return b"".join([hiredis.pack_command(tuple(command)) for command in commands])  # type: ignore[arg-type] # its stub names a tuple of one
 
 
 @dataclass(slots=True)
@@ -86,7 +94,7 @@ class Connection(asyncio.Protocol):
         """Whether the next reply would be the next caller's."""
         return not self.broken and not self._calls
 
-    def ask(self, packed: bytes, count: int) -> "asyncio.Future[list[Reply]]":
+    def ask(self, sent: bytes, count: int) -> "asyncio.Future[list[Reply]]":
         """Send ``count`` commands and return the future of their replies; errors are among them, not raised.
 
         Raises:
@@ -102,7 +110,7 @@ class Connection(asyncio.Protocol):
         if not self._looking:
             self._looking = True
             self._loop.call_later(self._timeout_seconds, self._look_at_oldest)
-        self._transport.write(packed)
+        self._transport.write(sent)
         return call.replied
 
     def break_off(self, reason: str) -> None:
