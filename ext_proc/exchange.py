@@ -200,6 +200,11 @@ class Exchange:
             whole_events=self._handoff.slices is not None,
         )
         headers: HttpHeaders = request.response_headers
+        if self._handoff.slices is not None and not self._streamed and head.status < 400:
+            # Asked for as a stream, it comes in one piece: nothing could be counted before all of it is billed.
+            top_ups = TopUps(self._handoff, self._handoff.slices, self._counters)
+            await top_ups.cover_whole()
+            self._handoff = top_ups.handoff
         if headers.end_of_stream:
             await self._body_ended()
         elif self._streamed and self._handoff.slices is not None:

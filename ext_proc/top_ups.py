@@ -68,6 +68,13 @@ class TopUps:
             self._ask_ahead_at = now + ASK_AHEAD_AGAIN_SECONDS
         return None
 
+    async def cover_whole(self) -> None:
+        """Hold all that the answer can cost, whatever the limits say: it comes whole, billed before it is seen."""
+        whole = self._allowance.whole()
+        if whole != self._allowance:
+            await self._extend(whole, force=True)
+            self._allowance = whole
+
     async def _cover_now(self, counted: int, cost_nanos: int | None) -> Closing | None:
         grown = self._allowance.topped_up(counted)
         if cost_nanos is not None:

@@ -56,6 +56,10 @@ class Allowance:
         reached = max(self.output_tokens, ceil_div(counted, self.slices.choices))
         return self._with(reached + self.slices.slice_tokens)
 
+    def whole(self) -> "Allowance":
+        """Return one that pays for all that the model can write."""
+        return self._with(self.slices.output_tokens_largest)
+
     def topped_up_within(self, room_nanos: int, counted: int) -> "Allowance | None":
         """Return as large a one as ``room_nanos`` more pay for; ``None`` when that is too little to go on with."""
         femtos = self.slices.output_femtos

@@ -34,6 +34,13 @@ def test_a_top_up_is_a_slice_more_up_to_what_the_model_can_write():
     assert whole.topped_up(10**6) == whole
 
 
+def test_the_whole_of_what_a_model_can_write():
+    whole = FIRST.whole()
+    assert (whole.output_tokens, whole.hold_nanos) == (16_384, 15_000 + 16_384 * 600)
+    assert whole.is_whole
+    assert whole.whole() == whole
+
+
 def test_choices_share_what_is_held_and_each_costs():
     three = replace(FIRST, slices=replace(SLICES, choices=3, output_femtos=3 * 600_000_000), hold_nanos=0)
     assert not three.is_outgrown_by(3 * 4096)

@@ -11,7 +11,7 @@ from budgetguard.core import slices as slices_module
 from budgetguard.core.operation import End
 from budgetguard.core.slices import StreamSlices
 from ext_proc import top_ups as top_ups_module
-from tests.services.ext_proc.support import FIXTURES, HOLD_NANOS, INPUT_BOUND, OUTPUT_BOUND, eventually
+from tests.services.ext_proc.support import FIXTURE_NANOS, FIXTURES, HOLD_NANOS, INPUT_BOUND, OUTPUT_BOUND, eventually
 
 INPUT_NANOS = INPUT_BOUND * 150
 # A hold of 50 tokens at first, 50 more at a time, up to 400.
@@ -348,3 +348,35 @@ async def test_trailers_end_a_stream_too(stream, counters):
     await stream.response_body(chunk("hello"))
     await stream.response_trailers()
     assert counters.ends == [(End.ESTIMATED, INPUT_NANOS + 5 * 600)]
+
+
+async def begin_whole(stream, counters, **changes):
+    """Ask for a stream, and get one JSON object."""
+    await stream.request_headers(counters.admit(stream=True, slices=SLICES))
+    await stream.response_headers(content_type="application/json", **changes)
+    assert not stream.taken_over
+
+
+async def test_an_answer_that_is_no_stream_is_held_whole_until_its_usage_is_known(stream, counters):
+    counters.limit_nanos = HOLD_NANOS
+    await begin_whole(stream, counters)
+    assert (counters.counter.held, counters.extends) == (WHOLE_NANOS, 1)
+    await stream.response_body((FIXTURES / "chat.json").read_bytes(), end=True)
+    assert counters.ends == [(End.CONFIRMED, FIXTURE_NANOS)]
+    assert (counters.counter.spent, counters.counter.held) == (FIXTURE_NANOS, 0)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+async def test_without_usage_it_has_cost_all_that_the_model_can_write(stream, counters, settler, silent):
+    counters.silent = silent
+    await begin_whole(stream, counters)
+    counters.silent = False
+    await stream.response_body(b'{"choices":[]}', end=True)
+    await settled(settler)
+    assert counters.ends == [(End.ESTIMATED, WHOLE_NANOS)]
+    assert (counters.counter.spent, counters.counter.held) == (WHOLE_NANOS, 0)
+
+
+async def test_an_error_is_no_answer_to_hold_for(stream, counters):
+    await begin_whole(stream, counters, status=500)
+    assert (counters.counter.held, counters.extends) == (HOLD_NANOS, 0)
