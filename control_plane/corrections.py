@@ -24,32 +24,39 @@ _CONCURRENT = 32
 class Ledger(Protocol):
     """How operations stand; see ``LedgerReader`` for what it may raise."""
 
-    async def standing(  # noqa: D102 - the class says it
+    async def standing(
         self, wanted: LedgerFilter, *, limit: int, but_at_nanos: int | None = None
-    ) -> tuple[LedgerRow, ...]: ...
-    async def list(self, wanted: LedgerFilter, *, page_size: int = 0) -> Page[LedgerRow]: ...  # noqa: D102 - the class says it
+    ) -> tuple[LedgerRow, ...]:
+        """Return the row of each operation that stands."""
+
+    async def list(self, wanted: LedgerFilter, *, page_size: int = 0) -> Page[LedgerRow]:
+        """Return rows, the newest first."""
 
 
 class Settling(Protocol):
     """Ends operations by rank; raises ``CountersUnavailableError``."""
 
-    async def settle(self, settlement: Settlement, *, now_ms: int) -> Settled | NotReady: ...  # noqa: D102 - the class says it
+    async def settle(self, settlement: Settlement, *, now_ms: int) -> Settled | NotReady:
+        """End an operation, or raise the rank of its end."""
 
 
 class Counting(Protocol):
     """Brings counters to what the ledger says; see ``Reconciler``."""
 
-    async def ledger_has_all(self, tenant_id: str) -> bool: ...  # noqa: D102 - the class says it
+    async def ledger_has_all(self, tenant_id: str) -> bool:
+        """Wait until the ledger has what the counters have, and say whether it has."""
 
-    async def follow(self, tenant_id: str) -> bool: ...  # noqa: D102 - the class says it
+    async def follow(self, tenant_id: str) -> bool:
+        """Bring the counters to the ledger, and say whether that was possible."""
 
 
 class Audit(Protocol):
     """Writes down who changed what; see ``AuditTrail``."""
 
-    async def write(  # noqa: D102 - the class says it
+    async def write(
         self, *, actor: str, action: str, kind: str, resource_id: str, tenant_id: str, after: object
-    ) -> None: ...
+    ) -> None:
+        """Write one row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

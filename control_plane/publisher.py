@@ -12,14 +12,18 @@ _UNAVAILABLE = (CountersUnavailableError, DependencyUnavailableError)
 class Snapshots(Protocol):
     """Brings a tenant's or a key's record to Redis."""
 
-    async def publish(self, tenant_id: str) -> None: ...  # noqa: D102 - the class says it
-    async def publish_key(self, key_id: str) -> None: ...  # noqa: D102 - likewise
+    async def publish(self, tenant_id: str) -> None:
+        """Bring a tenant's."""
+
+    async def publish_key(self, key_id: str) -> None:
+        """Bring a key's."""
 
 
 class CatalogJob(Protocol):
     """Brings providers and prices to Envoy and Redis."""
 
-    async def run_once(self) -> bool: ...  # noqa: D102 - the class says it
+    async def run_once(self) -> bool:
+        """Publish once; the answer is for who runs jobs."""
 
 
 class Publisher:

@@ -27,7 +27,8 @@ CHAIN_MAX = 62
 class TenantSnapshots(Protocol):
     """Brings a tenant's record to Redis."""
 
-    async def publish(self, tenant_id: str) -> None: ...  # noqa: D102 - the class says it
+    async def publish(self, tenant_id: str) -> None:
+        """Bring one tenant's."""
 
 
 class CarryOver:
