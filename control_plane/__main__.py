@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 from uuid import uuid4
 
+import grpc
 import uvloop
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
@@ -262,7 +263,10 @@ class ControlPlane:
         )
 
     def _add_services(self) -> None:
-        server = self.server.grpc
+        self._add_configuration(self.server.grpc)
+        self._add_spend(self.server.grpc)
+
+    def _add_configuration(self, server: grpc.aio.Server) -> None:
         publisher = Publisher(snapshots=self._snapshots, catalog=self._publish_catalog)
         tenant_pb2_grpc.add_TenantServiceServicer_to_server(
             TenantService(tenants=self._tenants, publisher=publisher), server
@@ -292,14 +296,22 @@ class ControlPlane:
         top_up_pb2_grpc.add_TopUpServiceServicer_to_server(
             TopUpService(top_ups=TopUpRepository(self._database), publisher=publisher, new_id=new_id), server
         )
-        budget_event_pb2_grpc.add_BudgetEventServiceServicer_to_server(
-            BudgetEventService(events=BudgetEventRepository(self._database)), server
-        )
         tag_pb2_grpc.add_TagServiceServicer_to_server(
             TagService(tags=TagRepository(self._database), publisher=publisher), server
         )
         session_pb2_grpc.add_SessionServiceServicer_to_server(
             SessionService(sessions=SessionRepository(self._database), publisher=publisher), server
+        )
+        provider_pb2_grpc.add_ProviderServiceServicer_to_server(
+            ProviderService(catalog=self._catalog, publisher=publisher), server
+        )
+        price_pb2_grpc.add_PriceServiceServicer_to_server(
+            PriceService(catalog=self._catalog, publisher=publisher, new_id=new_id, now_ms=now_ms), server
+        )
+
+    def _add_spend(self, server: grpc.aio.Server) -> None:
+        budget_event_pb2_grpc.add_BudgetEventServiceServicer_to_server(
+            BudgetEventService(events=BudgetEventRepository(self._database)), server
         )
         correction_pb2_grpc.add_CorrectionServiceServicer_to_server(
             CorrectionService(
@@ -319,12 +331,6 @@ class ControlPlane:
             server,
         )
         refusal_pb2_grpc.add_RefusalServiceServicer_to_server(RefusalService(refusals=self._refusals), server)
-        provider_pb2_grpc.add_ProviderServiceServicer_to_server(
-            ProviderService(catalog=self._catalog, publisher=publisher), server
-        )
-        price_pb2_grpc.add_PriceServiceServicer_to_server(
-            PriceService(catalog=self._catalog, publisher=publisher, new_id=new_id, now_ms=now_ms), server
-        )
         quote_pb2_grpc.add_QuoteServiceServicer_to_server(
             QuoteService(
                 callers=Callers(self._counters, readiness=self._standings, now_ms=now_ms),
