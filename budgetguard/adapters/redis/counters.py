@@ -1,9 +1,6 @@
 """Holds, ends and snapshots: one method a transition, one script a method, all of it decided inside Redis."""
 
 from collections.abc import Sequence
-from typing import Any
-
-import orjson
 
 from budgetguard.adapters.redis import keys
 from budgetguard.adapters.redis.client import Argument, RedisClient, Reply
@@ -14,6 +11,7 @@ from budgetguard.adapters.redis.spelling import (
     counter_of,
     extend_answer,
     fields_of,
+    operation_of,
     reserve_answer,
 )
 from budgetguard.core.budget import (
@@ -50,7 +48,10 @@ SETTLE = Script("settle")
 EXPIRE = Script("expire")
 PUBLISH = Script("publish")
 
-_RANKS = "{" + ",".join(f'"{end.value}":{rank}' for end, rank in RANK.items()) + "}"
+# Of each end, those that it replaces, as settle.lua reads them.
+_REPLACES = {
+    end: "".join(f" {other.value} " for other, lower in RANK.items() if lower < rank) for end, rank in RANK.items()
+}
 
 
 class Counters:
@@ -216,7 +217,7 @@ class Counters:
                 keys.lease_member(tenant_id, operation_id),
                 ENDED_KEPT_MS,
                 FORGOTTEN_CHARGED_MS,
-                _RANKS,
+                _REPLACES[settlement.end],
                 settlement.replaces,
                 "" if settlement.tokens is None else settlement.tokens,
                 handoff.tokens_bound,
@@ -317,6 +318,6 @@ class Counters:
         standing = [as_of(counter_of(fields_of(row)), read_name(name)) for row, name in zip(rows, names, strict=True)]
         return [(counter.spent, counter.held + counter.seed) for counter in standing]
 
-    async def _read_operations(self, operations: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    async def _read_operations(self, operations: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
         texts = await self._redis.pipeline([("GET", keys.operation(*names)) for names in operations])
-        return [orjson.loads(text) if text else {} for text in texts]
+        return [operation_of(text) if text else {} for text in texts]

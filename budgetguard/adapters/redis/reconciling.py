@@ -3,14 +3,18 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
-
-import orjson
 
 from budgetguard.adapters.redis import keys
 from budgetguard.adapters.redis.client import Argument, RedisClient
 from budgetguard.adapters.redis.scripts import Script, ScriptRunner
-from budgetguard.adapters.redis.spelling import commands_to_remember, counter_arguments, counter_of, fields_of
+from budgetguard.adapters.redis.spelling import (
+    HELD,
+    commands_to_remember,
+    counter_arguments,
+    counter_of,
+    fields_of,
+    operation_of,
+)
 from budgetguard.core.counter import read_name
 from budgetguard.core.counting import Counter
 from budgetguard.core.events import facts_from_json, split_counters
@@ -109,7 +113,7 @@ class CounterBook:
             if cursor == "0":
                 break
         texts = await self._redis.pipeline([("GET", keys.operation(tenant_id, name)) for name in operation_ids])
-        operations: list[dict[str, Any]] = [orjson.loads(text) for text in texts if text]
+        operations = [operation_of(text) for text in texts if text]
         # Some may have ended since.
         return tuple(
             LiveHold(
@@ -118,5 +122,5 @@ class CounterBook:
                 counters=split_counters(operation["counters"]),
             )
             for operation in operations
-            if operation["state"] == "HELD"
+            if operation["state"] == HELD
         )

@@ -13,6 +13,12 @@ from budgetguard.core.extension import CounterLimit, Extended, ExtensionRefused,
 from budgetguard.core.reserving import no_more_subjects
 from budgetguard.core.snapshot import SubjectKind
 
+# How common.lua spells an operation.
+HELD = "HELD"
+_FIELD = "\x1f"
+_HOLD = ("state", "hold", "tokens", "counters", "facts", "asked", "told", "limits")
+_MARKER = ("state", "hold", "tokens", "counters", "amount", "sequence", "forgotten")
+
 # What a rolling counter spent (s) or holds (h) in one bucket.
 _BUCKET = re.compile(r"[sh][0-9]+")
 
@@ -45,6 +51,12 @@ def all_counter_arguments(names: Sequence[str], now_ms: int) -> list[Argument]:
 def fields_of(reply: Sequence[str]) -> dict[str, str]:
     """Read a reply of HGETALL."""
     return dict(zip(reply[::2], reply[1::2], strict=True))
+
+
+def operation_of(text: str) -> dict[str, str]:
+    """Read what the scripts keep of an operation: a hold, or the marker of its end."""
+    state, *fields = text.split(_FIELD, len(_HOLD) - 1)
+    return dict(zip(_HOLD if state == HELD else _MARKER, (state, *fields), strict=True))
 
 
 def counter_of(fields: Mapping[str, str]) -> Counter:

@@ -1,7 +1,6 @@
 """Every script against its reference: the same random events, the same answers, the same whole state."""
 
 import asyncio
-import json
 import time
 from dataclasses import replace
 from urllib.parse import unquote
@@ -22,7 +21,7 @@ from budgetguard.adapters.redis.client import RedisClient
 from budgetguard.adapters.redis.counters import Counters
 from budgetguard.adapters.redis.epoch import Epoch
 from budgetguard.adapters.redis.reconciling import CounterBook
-from budgetguard.adapters.redis.spelling import counter_of, reserve_answer
+from budgetguard.adapters.redis.spelling import counter_of, operation_of, reserve_answer
 from budgetguard.core import reserving
 from budgetguard.core import shard as reference
 from budgetguard.core.budget import RememberedEnd, Reserve, Reserved
@@ -508,7 +507,7 @@ async def read_shard(redis: RedisClient) -> Shard:
         seen = {member: int(float(score)) for member, score in zip(members[::2], members[1::2], strict=True)}
         found.subjects[(unquote(tenant_id), unquote(template))] = seen
     for name, text in zip(texts, await redis.pipeline([("GET", name) for name in texts]), strict=True):
-        found.operations[tuple(unquote(part) for part in name.split(":")[3:])] = read_operation(json.loads(text))
+        found.operations[tuple(unquote(part) for part in name.split(":")[3:])] = read_operation(operation_of(text))
     found.epoch = await redis.command("GET", keys.epoch(SHARD))
     leases = await redis.command("ZRANGE", keys.leases(SHARD), 0, -1, "WITHSCORES")
     for member, score in zip(leases[::2], leases[1::2], strict=True):
@@ -523,6 +522,11 @@ def read_limit(line) -> CounterLimit:
     return CounterLimit.read(int(limit_nanos), whose)
 
 
+def told_of(values) -> Reserved:
+    hold, tokens, *told = values["told"].split("\x1e")
+    return reserve_answer(None, (), ["RESERVED", hold, tokens, values["counters"], *told])
+
+
 def read_operation(values) -> Operation:
     counters = split_counters(values["counters"])
     if values["state"] == "HELD":
@@ -532,7 +536,7 @@ def read_operation(values) -> Operation:
             counters=counters,
             facts=facts_from_json(values["facts"]),
             asked=values["asked"],
-            told=reserve_answer(None, (), values["told"]),
+            told=told_of(values),
             limits=tuple(map(read_limit, split_counters(values["limits"]))),
         )
     return Operation(

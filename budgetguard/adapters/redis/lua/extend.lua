@@ -58,6 +58,7 @@ for _, counter in ipairs(counters) do
     keep(counter, counter.kept_until, false)
   end
 end
-known.hold, known.tokens = ARGV[1], whole(tonumber(known.tokens) + grows[TOKENS])
-redis.call('SET', KEYS[2], cjson.encode(known))
-return { 'EXTENDED', known.hold }
+local tokens = whole(tonumber(known.tokens) + grows[TOKENS])
+redis.call('SET', KEYS[2],
+  hold_text(ARGV[1], tokens, known.counters, known.facts, known.asked, known.told, known.limits))
+return { 'EXTENDED', ARGV[1] }

@@ -21,9 +21,6 @@ local counters = read_counters(4, 9)
 if is_held then
   free(known, counters, true, 0, 0)
 end
-redis.call('SET', KEYS[2], cjson.encode({
-  state = ARGV[1], hold = ARGV[3], amount = ARGV[2], tokens = ARGV[8], sequence = ARGV[4], counters = ARGV[5],
-  forgotten = '0',
-}), 'PX', ARGV[7])
+redis.call('SET', KEYS[2], marker_text(ARGV[1], ARGV[3], ARGV[8], ARGV[5], ARGV[2], ARGV[4], '0'), 'PX', ARGV[7])
 redis.call('ZREM', KEYS[3], ARGV[6])
 return { 'REMEMBERED' }

@@ -29,7 +29,8 @@ end
 local known = read_operation(KEYS[4])
 if known then
   if known.state == HELD and known.facts == ARGV[2] and known.asked == ARGV[3] then
-    return known.told
+    local told = split(known.told, PART)
+    return { 'RESERVED', told[1], told[2], known.counters, unpack(told, 3) }
   end
   return { 'REPLAYED' }
 end
@@ -259,9 +260,8 @@ for _, requests in ipairs(minutes) do
     redis.call('EXPIRE', requests.key, 120) -- once a second is enough
   end
 end
-redis.call('SET', KEYS[4], cjson.encode({
-  state = HELD, hold = whole(hold), tokens = whole(hold_tokens), counters = ARGV[18], facts = ARGV[2], asked = ARGV[3],
-  told = answer, limits = ARGV[23],
-}))
+local told = answer[2] .. PART .. answer[3] .. PART .. table.concat(answer, PART, 5)
+redis.call('SET', KEYS[4],
+  hold_text(answer[2], holds[TOKENS], ARGV[18], ARGV[2], ARGV[3], told, ARGV[23]))
 redis.call('ZADD', KEYS[5], ARGV[17], ARGV[16])
 return answer

@@ -7,7 +7,7 @@
 -- ARGV  1 now (ms)  2 end  3 amount (nanos)  4 hold (nanos)  5 counter names  6 facts (JSON)  7 usage (JSON or '')
 --       8 ended at (ms)  9 status  10 detail  11 service tier  12 held at (ms)  13 lease member
 --       14 how long a marker is kept (ms)  15 how old an unknown operation may be to be charged (ms)
---       16 for each end its rank, as JSON  17 the sequence that a correction was decided upon (0: none)
+--       16 the ends that this one replaces, each between spaces  17 the sequence that a correction was decided upon (0: none)
 --       18 tokens used ('': nobody said, so that what was held stands)  19 tokens that the hold paid for
 --       20... for each counter what read_counters takes
 
@@ -26,13 +26,14 @@ if state or not charged then
   end
 end
 
-local rank = cjson.decode(ARGV[16])
-local replaces = rank[ARGV[2]] > (rank[state] or 0)
-if ARGV[17] ~= '0' then
-  replaces = ARGV[17] == known.sequence -- decided upon that row, so it replaces no other
-end
-if state and state ~= HELD and not replaces then
-  return { 'ENDED', state, known.amount, known.sequence }
+if state and state ~= HELD then
+  local replaces = string.find(ARGV[16], ' ' .. state .. ' ', 1, true)
+  if ARGV[17] ~= '0' then
+    replaces = ARGV[17] == known.sequence -- decided upon that row, so it replaces no other
+  end
+  if not replaces then
+    return { 'ENDED', state, known.amount, known.sequence }
+  end
 end
 
 local operation = { hold = known.hold or ARGV[4], tokens = known.tokens or ARGV[19], amount = 0, charged = 0 }
