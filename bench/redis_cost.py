@@ -2,8 +2,11 @@
 
     python -m bench.redis_cost [--tenants 1 1000 100000]
 
-A redis-server of its own, driven by the same code as in production. Times are Redis' own (INFO commandstats), so they
-hold whatever the rest of the machine does; with many tenants loaded the calls go to random ones of them.
+A redis-server of its own, driven by the same code as in production. Times are Redis' own (INFO commandstats); with many
+tenants loaded the calls go to random ones of them. Many calls are sent at once, so that Redis is busy, as it is when
+its time matters; one that sleeps between two calls takes up to twice as long for each, its memory having gone cold. For
+comparison each line tells what, in the same minute, the bare commands of a reserve cost: to read and to raise its
+counters and to write its hold, in a script that decides nothing.
 """
 
 import argparse
@@ -17,8 +20,9 @@ from random import Random
 from typing import Any
 
 from budgetguard.adapters.redis import keys
-from budgetguard.adapters.redis.client import RedisClient
+from budgetguard.adapters.redis.client import Argument, CountersUnavailableError, RedisClient, Reply
 from budgetguard.adapters.redis.counters import Counters
+from budgetguard.adapters.redis.scripts import info_field
 from budgetguard.core.budget import Reserve, Reserved
 from budgetguard.core.handoff import Handoff
 from budgetguard.core.snapshot import KeySnapshot, TenantSnapshot, WindowKind
@@ -29,12 +33,19 @@ TENANTS = (1, 1_000, 100_000)
 BUDGETS = (1, 5, 10)
 # Calls of one measurement, and how many of them are on their way at a time.
 CALLS = 4_000
-AT_A_TIME = 32
+AT_A_TIME = 500
 PIPELINE = 1_000
 KEY_ID = "k" * 16
 # Calendar windows in turn, so that a counter is one that ends, as most do.
 WINDOWS = (WindowKind.MONTH, WindowKind.DAY, WindowKind.WEEK, WindowKind.YEAR, WindowKind.LIFETIME)
 _NUMBERS = count(1)
+BARE = """
+for number = 3, #KEYS do redis.call('HMGET', KEYS[number], 'spent', 'held', 'seed') end
+for number = 3, #KEYS do redis.call('HINCRBY', KEYS[number], 'held', '1') end
+redis.call('SET', KEYS[1], ARGV[1])
+redis.call('ZADD', KEYS[2], '1', ARGV[2])
+"""
+HOLD_BYTES = 1_000
 
 
 def tenant_with(number: int, budgets: int) -> TenantSnapshot:
@@ -52,12 +63,40 @@ def pages(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield items[start : start + size]
 
 
+class Together(RedisClient):
+    """Sends what all callers ask for in one turn of the loop in one piece."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, timeout_seconds=60)
+        self._waiting: list[tuple[tuple[Argument, ...], asyncio.Future[Reply]]] = []
+        self._sending: asyncio.Task[None] | None = None
+
+    async def command(self, *arguments: Argument) -> Reply:
+        replied: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._waiting.append((arguments, replied))
+        if len(self._waiting) == 1:
+            self._sending = asyncio.create_task(self._send())
+        return await replied
+
+    async def _send(self) -> None:
+        calls, self._waiting = self._waiting, []
+        try:
+            replies = await self.pipeline([arguments for arguments, _ in calls])
+        except CountersUnavailableError as error:
+            for _, replied in calls:
+                replied.set_exception(error)
+            return
+        for (_, replied), reply in zip(calls, replies, strict=True):
+            replied.set_result(reply)
+
+
 class Bench:
     """One Redis."""
 
     def __init__(self, url: str) -> None:
         self.redis = RedisClient(url, timeout_seconds=60)
-        self.counters = Counters(self.redis)
+        self.together = Together(url)
+        self.counters = Counters(self.together)
         self.random = Random(1)
 
     async def load(self, tenants: range, budgets: int) -> None:
@@ -109,39 +148,57 @@ class Bench:
 
     async def used_bytes(self) -> int:
         await self.redis.command("MEMORY", "PURGE")
-        lines = (await self.redis.command("INFO", "memory")).split()
-        return int(next(line for line in lines if line.startswith("used_memory:")).partition(":")[2])
+        memory = await self.redis.command("INFO", "memory")
+        used, clients, log = (
+            int(info_field(memory, name)) for name in ("used_memory", "mem_clients_normal", "mem_aof_buffer")
+        )
+        return used - clients - log
 
     async def script_us(self) -> float:
         """Read the mean time of the scripts since the last reset."""
-        lines = (await self.redis.command("INFO", "commandstats")).split()
-        line = next(line for line in lines if line.startswith("cmdstat_evalsha:"))
-        fields = dict(field.split("=") for field in line.partition(":")[2].split(","))
+        stats = info_field(await self.redis.command("INFO", "commandstats"), "cmdstat_evalsha")
+        fields = dict(field.split("=") for field in stats.split(","))
         return float(fields["usec_per_call"])
 
-    async def time_scripts(self, tenants: int, budgets: int) -> tuple[float, float]:
-        """Return the microseconds of a reserve and of a settle."""
+    async def bare_us(self, budgets: int) -> float:
+        """Return the microseconds of a script that decides nothing, over counters of its own."""
+        digest = await self.redis.command("SCRIPT", "LOAD", BARE)
+        names = [f"bare:{number}" for number in range(2 + budgets)]
+        calls = [
+            ("EVALSHA", digest, len(names), *names, "x" * HOLD_BYTES, f"operation-{number}") for number in range(CALLS)
+        ]
+        await self.redis.command("CONFIG", "RESETSTAT")
+        for page in pages(calls, AT_A_TIME):
+            await self.redis.pipeline(page)
+        bare_us = await self.script_us()
+        await self.redis.command("DEL", *names)
+        return bare_us
+
+    async def time_scripts(self, tenants: int, budgets: int) -> tuple[float, float, float]:
+        """Return the microseconds of a reserve, of a settle and of the bare commands."""
         # A window's first call makes its counter; the others find it. Few enough tenants that each is called again.
         numbers = [self.random.randrange(tenants) for _ in range(CALLS // 8)]
+        # The first of all loads the scripts.
+        await self.settle_many(await self.reserve_many(numbers[:1], budgets))
         await self.settle_many(await self.reserve_many(numbers, budgets))
         await self.redis.command("CONFIG", "RESETSTAT")
         handoffs = await self.reserve_many(numbers * 8, budgets)
         reserve_us = await self.script_us()
         await self.redis.command("CONFIG", "RESETSTAT")
         await self.settle_many(handoffs)
-        return reserve_us, await self.script_us()
+        return reserve_us, await self.script_us(), await self.bare_us(budgets)
 
 
 async def measure(url: str, sizes: list[int]) -> None:
     bench = Bench(url)
-    print(f"{'tenants':>9}{'budgets':>9}{'reserve us':>12}{'settle us':>11}")
+    print(f"{'tenants':>9}{'budgets':>9}{'reserve us':>12}{'settle us':>11}{'bare commands us':>18}")
     loaded = 0
     for size in sizes:
         await bench.load(range(loaded, size), 1)
         loaded = size
         for budgets in BUDGETS:
-            reserve_us, settle_us = await bench.time_scripts(size, budgets)
-            print(f"{size:>9}{budgets:>9}{reserve_us:>12.1f}{settle_us:>11.1f}", flush=True)
+            reserve_us, settle_us, bare_us = await bench.time_scripts(size, budgets)
+            print(f"{size:>9}{budgets:>9}{reserve_us:>12.1f}{settle_us:>11.1f}{bare_us:>18.1f}", flush=True)
     print(f"\n{'budgets':>9}{'a tenant':>10}{'its counters':>14}{'a live hold':>13}{'an ended call':>15}   bytes")
     for budgets in BUDGETS:
         await bench.redis.command("FLUSHALL")
@@ -163,6 +220,7 @@ async def measure(url: str, sizes: list[int]) -> None:
         ended = (with_ended - with_counters) / CALLS
         print(f"{budgets:>9}{tenant:>10.0f}{counters:>14.0f}{hold:>13.0f}{ended:>15.0f}", flush=True)
     await bench.redis.close()
+    await bench.together.close()
 
 
 async def forget_operations(bench: Bench) -> None:

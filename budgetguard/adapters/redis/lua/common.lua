@@ -7,7 +7,7 @@
 -- Redis does not roll a script back, so each decides everything first; below the line "writes" nothing may fail.
 
 -- A local is at hand where a global is looked up by its name each time.
-local redis, string, math, tonumber = redis, string, math, tonumber
+local redis, string, math, table, tonumber, KEYS, ARGV = redis, string, math, table, tonumber, KEYS, ARGV
 
 local HELD = 'HELD'
 local NANOS_PER_USD = 1000000000
@@ -27,12 +27,14 @@ end
 
 -- Counters are signed 64-bit, doubles are not: an amount is a pair (dollars, nanos), 0 <= nanos < 10^9.
 local function normal(dollars, nanos)
-  local carry = math.floor(nanos / NANOS_PER_USD)
-  return dollars + carry, nanos - carry * NANOS_PER_USD
+  local rest = nanos % NANOS_PER_USD
+  return dollars + (nanos - rest) / NANOS_PER_USD, rest
 end
 
 -- Most amounts are so short (less than a million dollars) that the sum of several of them is exact as a double.
 local SHORT = 15
+
+-- Where each microsecond counts, a text stands in arithmetic as it is (`text + 0`): it is then read once, by tonumber twice.
 
 -- Reads an exact decimal string of nanos, as Redis keeps it; a missing one is 0.
 local function money(text)
@@ -40,7 +42,7 @@ local function money(text)
     return 0, 0
   end
   if #text <= SHORT then
-    return normal(0, tonumber(text))
+    return normal(0, text + 0)
   end
   local nanos = tonumber(string.sub(text, -9))
   if string.byte(text) == 45 then -- a minus sign
@@ -158,7 +160,7 @@ local function read_counter(counter, bucket, number)
   if bucket == '' then
     return counter
   end
-  bucket, counter.past = tonumber(bucket), {}
+  bucket, number, counter.past = tonumber(bucket), tonumber(number), {}
   counter.bucket, counter.first, counter.last = bucket, bucket, bucket
   local last = tonumber(read[5])
   if not last then
@@ -177,13 +179,16 @@ local function read_counter(counter, bucket, number)
   return counter
 end
 
--- What a limit leaves, as a pair. A sum below zero is damage, not credit.
+-- What a limit leaves, as a pair and as call_amount says it. A sum below zero is damage, not credit.
 local function left_of(counter, limit)
-  local spent, held, seed, most = counter.spent, counter.held, counter.seed, tonumber(limit)
+  local spent, held, seed, most = counter.spent, counter.held, counter.seed, limit + 0
   if most <= CALL_NANOS_MAX and #spent <= SHORT and #held <= SHORT and #seed <= SHORT then
-    return normal(
-      0, most - math.max(tonumber(spent), 0) - math.max(tonumber(held), 0) - math.max(tonumber(seed), 0)
-    )
+    -- As good as every counter: written out, it takes half the time.
+    local spent_nanos, held_nanos, seed_nanos = spent + 0, held + 0, seed ~= '0' and seed + 0 or 0
+    local left = most - (spent_nanos > 0 and spent_nanos or 0) - (held_nanos > 0 and held_nanos or 0)
+      - (seed_nanos > 0 and seed_nanos or 0)
+    local left_nanos = left % NANOS_PER_USD
+    return (left - left_nanos) / NANOS_PER_USD, left_nanos, left < 0 and -1 or left
   end
   local left_dollars, left_nanos = money(limit)
   local spent_dollars, spent_nanos = money(spent)
@@ -198,9 +203,10 @@ local function left_of(counter, limit)
   if seed_dollars < 0 then
     seed_dollars, seed_nanos = 0, 0
   end
-  return normal(
+  left_dollars, left_nanos = normal(
     left_dollars - spent_dollars - held_dollars - seed_dollars, left_nanos - spent_nanos - held_nanos - seed_nanos
   )
+  return left_dollars, left_nanos, call_amount(left_dollars, left_nanos)
 end
 
 -- What is held in all, as a text.
@@ -238,7 +244,7 @@ end
 -- Returns it, and what is spent then.
 local function fitting(spent, more)
   if #spent <= SHORT and #more <= SHORT then
-    return more, whole(tonumber(spent) + tonumber(more))
+    return more, whole(spent + more)
   end
   local more_dollars, more_nanos = money(more)
   local dollars, nanos = money(spent)
@@ -309,7 +315,7 @@ local function read_counters(first, argument)
       key = KEYS[index], kept_until = ARGV[at], unit = ARGV[at + 1], buckets = tonumber(ARGV[at + 3]),
       spent = '0', held = '0', seed = '0', new = true,
     }
-    counters[#counters + 1] = read_counter(counter, ARGV[at + 2], tonumber(ARGV[at + 3]))
+    counters[#counters + 1] = read_counter(counter, ARGV[at + 2], ARGV[at + 3])
   end
   return counters
 end

@@ -9,7 +9,7 @@
 if not ready(KEYS[1]) or redis.call('GET', KEYS[3]) ~= ARGV[1] then
   return 0
 end
-local counter = read_counter({ key = KEYS[2] }, ARGV[5], tonumber(ARGV[6]))
+local counter = read_counter({ key = KEYS[2] }, ARGV[5], ARGV[6])
 
 ------------------------------------------------------------------ writes
 if counter.bucket then

@@ -33,8 +33,8 @@ end
 local counters, room, short = read_counters(3, 5), CALL_NANOS_MAX, nil
 for position, counter in ipairs(counters) do
   if counter.unit == NANOS and not counter.has_left then
-    counter.left_dollars, counter.left_nanos = left_of(counter, limits[position].nanos)
-    local left = call_amount(counter.left_dollars, counter.left_nanos)
+    local left
+    counter.left_dollars, counter.left_nanos, left = left_of(counter, limits[position].nanos)
     room = math.min(room, left)
     if more > left and not short then
       short = position

@@ -121,12 +121,11 @@ for number = 1, number_of_limits do
     id = ARGV[at + 6], slides = ARGV[at + 7] == '1', spent = '0', held = '0', seed = '0', new = true,
     left_dollars = 0, left_nanos = 0, room = 0,
   }
-  read_counter(limit, ARGV[at + 2], tonumber(ARGV[at + 3]))
+  read_counter(limit, ARGV[at + 2], ARGV[at + 3])
   if limit.bucket then
     limit.buckets, limit.width = tonumber(ARGV[at + 3]), tonumber(ARGV[at + 8])
   end
-  limit.left_dollars, limit.left_nanos = left_of(limit, limit.limit)
-  limit.room = call_amount(limit.left_dollars, limit.left_nanos)
+  limit.left_dollars, limit.left_nanos, limit.room = left_of(limit, limit.limit)
   if limit.unit == TOKENS then
     limit.room = limit.left_dollars * NANOS_PER_USD + limit.left_nanos -- exact, also below 0
     if not tightest_tokens or limit.room < room_tokens then

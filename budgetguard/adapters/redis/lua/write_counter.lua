@@ -8,7 +8,7 @@
 if ready(KEYS[1]) then
   return 0
 end
-local counter = read_counter({ key = KEYS[2] }, ARGV[2], tonumber(ARGV[3]))
+local counter = read_counter({ key = KEYS[2] }, ARGV[2], ARGV[3])
 
 ------------------------------------------------------------------ writes
 if counter.bucket then
