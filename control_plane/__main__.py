@@ -224,6 +224,7 @@ class ControlPlane:
                     ledger=self._ledger,
                     sums=LedgerSums(self._database),
                     epoch=Epoch(redis),
+                    book=CounterBook(redis),
                     publisher=snapshots,
                     writer=writer,
                     now_ms=now_ms,

@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 # How long a comparison waits for the ledger to have what Redis has; the drain takes a quarter of a second.
 DRAIN_SECONDS = 3.0
 _LOOK_EVERY_SECONDS = 0.02
+# A sum of the ledger may take so long. Less than a rebuild gives it: there no call of the tenant is admitted until it
+# is done, here the comparisons behind it wait, or an administrator who makes a budget (the edge gives that a minute).
+SUM_SECONDS = 30.0
 # How often counters are brought to a correction while others compare them.
 _FOLLOW_TIMES = 20
 _FOLLOW_EVERY_SECONDS = 0.05
@@ -96,6 +99,7 @@ class Reconciler:
         metrics: ReconcileMetrics,
         now_ms: Callable[[], int],
         drain_seconds: float = DRAIN_SECONDS,
+        sum_seconds: float = SUM_SECONDS,
     ) -> None:
         self._database = database
         self._sums = sums
@@ -106,6 +110,7 @@ class Reconciler:
         self._metrics = metrics
         self._now_ms = now_ms
         self._drain_seconds = drain_seconds
+        self._sum_seconds = sum_seconds
 
     async def compare(self, tenant_id: str, *, seeding_only: bool = False, follows: bool = False) -> Comparison:
         """Compare and correct the counters of a tenant's budgets, by the snapshot that calls are decided by.
@@ -176,7 +181,7 @@ class Reconciler:
         template = template_of(read_name(counter_name(spec, window, "")))
         subjects = set(await self._book.subjects(tenant_id, template))
         if spec.seeding:
-            recent = await self._sums.spent(tenant_id, spec, lately(window, self._now_ms()))
+            recent = await self._sums.spent(tenant_id, spec, lately(window, self._now_ms()), within_s=self._sum_seconds)
             subjects |= {subject for subject, _ in recent}
         return subjects
 
@@ -220,7 +225,9 @@ class Reconciler:
         for due in dues:
             key = (due.spec.budget_id, due.spec.spec_version, due.window)
             if key not in summed:
-                summed[key] = await self._sums.spent(tenant_id, due.spec, due.window, until_event=until_event)
+                summed[key] = await self._sums.spent(
+                    tenant_id, due.spec, due.window, until_event=until_event, within_s=self._sum_seconds
+                )
             for (subject, bucket), nanos in summed[key].items():
                 if subject == due.subject:
                     spent[due.name][bucket] = nanos

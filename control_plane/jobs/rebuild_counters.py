@@ -2,37 +2,50 @@
 
 A Redis that was restarted with its data has every event that the ledger has, and more: its counters are right. One
 that is empty, older or another has a stream that ends before what the ledger has: its counters are written anew.
+
+What is right is opened first. The rest is rebuilt shard by shard: one whose rebuild fails stays closed, no other does.
 """
 
 import asyncio
 import logging
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from uuid import uuid4
 
 from budgetguard.adapters.postgres.ledger import LastWord, LedgerRepository
+from budgetguard.adapters.postgres.ledger_activity import HELD_BEFORE_S
 from budgetguard.adapters.postgres.ledger_sums import LedgerSums
 from budgetguard.adapters.postgres.pool import Database
 from budgetguard.adapters.postgres.tenants import TenantRepository
 from budgetguard.adapters.redis.epoch import Epoch
 from budgetguard.adapters.redis.keys import SHARDS, shard_of
+from budgetguard.adapters.redis.reconciling import CounterBook
 from budgetguard.core.budget import RememberedEnd, applied_budgets
 from budgetguard.core.counter import counter_name
 from budgetguard.core.events import entry_order
 from budgetguard.core.operation import ENDED_KEPT_MS
-from budgetguard.core.snapshot import Status, TenantSnapshot
+from budgetguard.core.snapshot import BudgetSpec, Status, TenantSnapshot
+from budgetguard.core.window import Window
 from control_plane.jobs.drain_usage import READ_COUNT, LedgerWriter
 from control_plane.jobs.publish_snapshots import PAGE, SnapshotPublisher
+from control_plane.jobs.turns import Turns
 from control_plane.reconciler import counted, lately, windows_around
 
 logger = logging.getLogger(__name__)
 
-# Ends of this age may still be sent again (a spool, a settle kept for its replay); the margin is for clocks.
+# What was recorded before that Redis remembers no more, whichever Redis it is: markers are kept so long, and each was
+# written before its row. The margin is for clocks.
 REMEMBERED_MS = ENDED_KEPT_MS + 60_000
-# No call is longer, so what ended lately was held since then.
-CALL_MS_MAX = 24 * 3_600_000
+HELD_BEFORE_MS = HELD_BEFORE_S * 1000
+# A query of the ledger may take so long. Until it is done no call of its tenant is admitted, so there is nothing to be
+# gained by giving up; but the shards behind it wait.
+SUM_SECONDS = 120.0
 # Markers written at the same time.
 CONCURRENT = 32
+
+
+class _TenantNotRebuiltError(RuntimeError):
+    """Says whose counters could not be written; its cause says why."""
 
 
 class RebuildCounters:
@@ -49,115 +62,176 @@ class RebuildCounters:
         ledger: LedgerRepository,
         sums: LedgerSums,
         epoch: Epoch,
+        book: CounterBook,
         publisher: SnapshotPublisher,
         writer: LedgerWriter,
         now_ms: Callable[[], int],
+        clock: Callable[[], float] = time.monotonic,
+        sum_seconds: float = SUM_SECONDS,
     ) -> None:
         self._database = database
         self._tenants = tenants
         self._ledger = ledger
         self._sums = sums
         self._epoch = epoch
+        self._book = book
         self._publisher = publisher
         self._writer = writer
         self._now_ms = now_ms
+        self._sum_seconds = sum_seconds
+        self._turns = Turns[int](job=self.name, what="shard", clock=clock)
 
     async def run_once(self) -> bool:
-        """Sign off what is not; nothing to do is the rule, and costs two trips to Redis."""
-        # Read first: if Redis is restarted from here on, the sign-off below opens nothing.
+        """Sign off what is not; nothing to do is the rule, and costs two trips to Redis.
+
+        Raises:
+            DependencyUnavailableError, CountersUnavailableError, RuntimeError: what is left stays closed until a later
+                run.
+        """
+        # Read first: if Redis is restarted from here on, the sign-offs below open nothing.
         run_id = await self._epoch.run_id()
-        if not await self._not_ready(run_id):
+        if not await self._due(run_id):
             return False
         async with self._database.exclusive(self.name) as alone:
-            if not alone:
-                return False
-            not_ready = await self._not_ready(run_id)
-            positions = await self._ledger.positions()
-            behind = [shard for shard in not_ready if not await self._has_all(shard, positions)]
-            if behind:
-                logger.warning(
-                    "job=%s run_id=%s rebuilding=%d: Redis lost usage that the ledger has",
-                    self.name,
-                    run_id,
-                    len(behind),
-                )
-                await self._rebuild(behind, positions)
-            for fault in await self._epoch.faults():
-                logger.error("alarm=redis_settings fault=%r", fault)
-            # Before any call is admitted: what it may spend, and which keys are revoked.
-            published = await self._publisher.sweep()
-            await self._epoch.mark_incarnation()
-            for shard in not_ready:
-                await self._epoch.sign_off(shard, run_id)
-            logger.info(
-                "job=%s run_id=%s signed_off=%d rebuilt=%d published=%d",
-                *(self.name, run_id, len(not_ready), len(behind), published),
-            )
+            if alone:
+                await self._rebuild(await self._make_ready(run_id), run_id)
         return False
 
-    async def _not_ready(self, run_id: str) -> list[int]:
+    async def _due(self, run_id: str) -> list[int]:
+        """List the shards that are closed, but for those whose rebuild has just failed."""
         signed_off = await self._epoch.signed_off(range(SHARDS))
-        return [shard for shard, signed in signed_off.items() if signed != run_id]
+        return self._turns.due(shard for shard, signed in signed_off.items() if signed != run_id)
+
+    async def _make_ready(self, run_id: str) -> list[int]:
+        """Sign off the shards that are right as they are; returns those that are to be rebuilt."""
+        due = await self._due(run_id)
+        for fault in await self._epoch.faults():
+            logger.error("alarm=redis_settings fault=%r", fault)
+        # Before any call is admitted: what it may spend, and which keys are revoked.
+        published = await self._publisher.sweep()
+        await self._epoch.mark_incarnation()
+        behind = await self._sign_off(due, run_id)
+        logger.info("job=%s run_id=%s signed_off=%d published=%d", self.name, run_id, len(due) - len(behind), published)
+        return behind
+
+    async def _sign_off(self, shards: Sequence[int], run_id: str) -> list[int]:
+        """Sign off the shards that have all that the ledger has; returns the others.
+
+        What the ledger has is read here, at the last moment: another worker may just have written what it had taken
+        from the Redis of before.
+        """
+        positions = await self._ledger.positions()
+        behind = []
+        for shard in shards:
+            if await self._has_all(shard, positions):
+                await self._epoch.sign_off(shard, run_id)
+            else:
+                behind.append(shard)
+        return behind
 
     async def _has_all(self, shard: int, positions: Mapping[int, tuple[int, int]]) -> bool:
         if shard not in positions:
             return True
         return entry_order(await self._epoch.stream_last_id(shard)) >= positions[shard]
 
-    async def _rebuild(self, shards: Sequence[int], positions: Mapping[int, tuple[int, int]]) -> None:
+    async def _rebuild(self, shards: Sequence[int], run_id: str) -> None:
+        """Rebuild and open one shard after the other."""
+        if not shards:
+            return
+        logger.warning(
+            "job=%s run_id=%s rebuilding=%d: Redis lost usage that the ledger has", self.name, run_id, len(shards)
+        )
+        tenants = await self._tenants_of(shards)
+        self._turns.begin()
         for shard in shards:
-            await self._epoch.begin_rebuild(shard)
-        # From here on nothing is written to these streams: what is left in them goes to the ledger first.
-        await self._drain(shards)
-        wanted = set(shards)
-        by_shard: dict[int, int] = defaultdict(int)
+            if await self._epoch.run_id() != run_id:
+                return  # what is lost now, and what is right, is to be found out anew
+            with self._turns.apart(shard):
+                written = await self._rebuild_shard(shard, tenants[shard])
+                if await self._sign_off([shard], run_id):
+                    raise RuntimeError("the ledger was given usage of an earlier Redis meanwhile")
+                logger.info("job=%s shard=%d counters=%d", self.name, shard, written)
+
+    async def _tenants_of(self, shards: Collection[int]) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {shard: [] for shard in shards}
         after = ""
         while page := await self._tenants.versions(after=after, limit=PAGE):
             for tenant_id, _ in page:
-                if shard_of(tenant_id) in wanted:
-                    by_shard[shard_of(tenant_id)] += await self._rebuild_tenant(tenant_id)
+                if shard_of(tenant_id) in found:
+                    found[shard_of(tenant_id)].append(tenant_id)
             after = page[-1][0]
+        return found
+
+    async def _rebuild_shard(self, shard: int, tenant_ids: Sequence[str]) -> int:
+        """Write the counters of a shard's tenants; returns how many. The first that fails leaves the shard as it is."""
+        await self._epoch.begin_rebuild(shard)
+        # From here on nothing is written to its stream: what is left in it goes to the ledger first.
+        await self._drain(shard)
+        position = await self._sums.position(shard)
+        written = 0
+        for tenant_id in tenant_ids:
+            try:
+                written += await self._rebuild_tenant(tenant_id)
+            except Exception as error:
+                raise _TenantNotRebuiltError(f"tenant {tenant_id}: {error!r}") from error
         # Last of all: until then a shard looks as lost as it is. From then on a sum of the ledger "up to an event" has
         # all that the counters were just given.
-        for shard in shards:
-            await self._writer.events.continue_after(shard, positions[shard])
-        for shard, written in sorted(by_shard.items()):
-            logger.info("job=%s shard=%d counters=%d", self.name, shard, written)
+        await self._writer.events.continue_after(shard, position)
+        return written
 
-    async def _drain(self, shards: Sequence[int]) -> None:
+    async def _drain(self, shard: int) -> None:
         """Take over every event, also those that other workers hold: the ledger takes each once."""
         events, consumer = self._writer.events, f"rebuild-{uuid4()}"
-        while entries := await events.claim(shards, consumer=consumer, idle_ms=0, count=READ_COUNT):
+        while entries := await events.claim([shard], consumer=consumer, idle_ms=0, count=READ_COUNT):
             await self._writer.write(entries)
-        while entries := await events.read(shards, consumer=consumer, count=READ_COUNT):
+        while entries := await events.read([shard], consumer=consumer, count=READ_COUNT):
             await self._writer.write(entries)
 
     async def _rebuild_tenant(self, tenant_id: str) -> int:
-        """Write a tenant's counters of the windows that are open, and the ends that may be sent again."""
+        """Bring a tenant's counters and operations to what the ledger has; returns how many counters."""
         snapshot = await self._tenants.snapshot(tenant_id)
         if snapshot.status is Status.DELETED:
             return 0
-        written, now_ms = 0, self._now_ms()
+        now_ms = self._now_ms()
+        written = 0
         for spec in snapshot.budgets:
             for window in windows_around(spec, now_ms):
-                sums = await self._sums.spent(tenant_id, spec, window)
-                # Of a template, each subject that has spent lately; else the budget itself, also at nothing.
-                recent = (
-                    await self._sums.spent(tenant_id, spec, lately(window, now_ms)) if spec.each else {("", None): 0}
-                )
-                for subject in {subject for subject, _ in recent}:
-                    of_subject = {bucket: nanos for (whose, bucket), nanos in sums.items() if whose == subject}
-                    name = counter_name(spec, window, subject)
-                    if not await self._epoch.write_counter(tenant_id, name, counted(of_subject), now_ms=now_ms):
-                        raise RuntimeError(f"shard {shard_of(tenant_id)} was signed off while it was rebuilt")
-                    written += 1
-        words = await self._ledger.last_words(
-            tenant_id, held_from_ms=now_ms - CALL_MS_MAX, ended_from_ms=now_ms - REMEMBERED_MS
-        )
-        for start in range(0, len(words), CONCURRENT):
-            chunk = words[start : start + CONCURRENT]
-            await asyncio.gather(*(self._epoch.remember_ended(_remembered(snapshot, word)) for word in chunk))
+                written += await self._write_counters(tenant_id, spec, window, now_ms)
+        await self._remember_ends(snapshot, now_ms)
         return written
+
+    async def _write_counters(self, tenant_id: str, spec: BudgetSpec, window: Window, now_ms: int) -> int:
+        """Write the counters that a budget has in a window: of a template, each subject's that has spent lately."""
+        within_s = self._sum_seconds
+        sums = await self._sums.spent(tenant_id, spec, window, within_s=within_s)
+        # The budget itself also at nothing.
+        subjects = {""}
+        if spec.each:
+            recent = await self._sums.spent(tenant_id, spec, lately(window, now_ms), within_s=within_s)
+            subjects = {subject for subject, _ in recent}
+        for subject in subjects:
+            of_subject = {bucket: nanos for (whose, bucket), nanos in sums.items() if whose == subject}
+            name = counter_name(spec, window, subject)
+            if not await self._epoch.write_counter(tenant_id, name, counted(of_subject), now_ms=now_ms):
+                raise RuntimeError(f"shard {shard_of(tenant_id)} was signed off while it was rebuilt")
+        return len(subjects)
+
+    async def _remember_ends(self, snapshot: TenantSnapshot, now_ms: int) -> None:
+        """Write the ends that may be sent again, and drop the holds, of whatever age, whose end the ledger has."""
+        holds = await self._book.live_holds(snapshot.tenant_id)
+        held_at_ms = {hold.facts.operation_id: hold.facts.held_at_ms for hold in holds}
+        words = await self._ledger.last_words(
+            snapshot.tenant_id,
+            held_from_ms=now_ms - HELD_BEFORE_MS,
+            recorded_from_ms=now_ms - REMEMBERED_MS,
+            operation_ids=held_at_ms,
+            within_s=self._sum_seconds,
+        )
+        # An operation is its id and when it was admitted: another one's end is none of this hold.
+        ends = [w for w in words if held_at_ms.get(w.facts.operation_id, w.facts.held_at_ms) == w.facts.held_at_ms]
+        for start in range(0, len(ends), CONCURRENT):
+            chunk = ends[start : start + CONCURRENT]
+            await asyncio.gather(*(self._epoch.remember_ended(_remembered(snapshot, word)) for word in chunk))
 
 
 def _remembered(snapshot: TenantSnapshot, word: LastWord) -> RememberedEnd:

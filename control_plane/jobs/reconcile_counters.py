@@ -1,6 +1,7 @@
 """Compares counters with the ledger: at once where they lack their past, soon where money moves or is refused.
 
-Everybody else is looked at in turn, so that a counter which is wrong is not wrong until somebody spends.
+Everybody else is looked at in turn, so that a counter which is wrong is not wrong until somebody spends. A tenant that
+cannot be compared, as when its sums take too long, keeps no other waiting.
 """
 
 import logging
@@ -13,6 +14,7 @@ from budgetguard.adapters.postgres.refusals import RefusalRepository
 from budgetguard.adapters.postgres.tenants import TenantRepository
 from budgetguard.core.reasons import Reason
 from control_plane.jobs.publish_snapshots import SnapshotPublisher
+from control_plane.jobs.turns import Turns
 from control_plane.reconciler import Reconciler
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class ReconcileCounters:
         self._swept_at: float | None = None
         # The tenant up to which this turn has come; ``None``: it is through.
         self._swept_until: str | None = None
+        self._turns = Turns[str](job=self.name, what="tenant", clock=clock)
         # Tenants to compare again: calls that some counter does not count are under way, or the last look failed.
         self._again: set[str] = set()
 
@@ -68,11 +71,17 @@ class ReconcileCounters:
         """Compare what is due.
 
         Raises:
-            DependencyUnavailableError, CountersUnavailableError: what is left is compared the next time.
+            DependencyUnavailableError, CountersUnavailableError: several failed in a row, or nobody could be asked what
+                is due. What is left is compared the next time.
         """
-        for tenant_id in await self._budgets.seeding_tenants():
-            self._again.add(tenant_id)
-            await self._publisher.give_past(tenant_id)
+        drifted = 0
+        self._turns.begin()
+        seeding = set(await self._budgets.seeding_tenants())
+        self._again |= seeding
+        for tenant_id in self._turns.due(seeding):
+            with self._turns.apart(tenant_id):
+                await self._publisher.give_past(tenant_id)
+                drifted += await self._compare(tenant_id)
         now = self._clock()
         if self._compared_at is None or now - self._compared_at >= self._compare_every_s:
             activity = await self._activity.since(self._looked_until_ms, first_look_s=FIRST_LOOK_S)
@@ -80,15 +89,19 @@ class ReconcileCounters:
             self._again |= set(await self._refusals.tenants(Reason.BUDGET_EXCEEDED, within_s=REFUSED_WITHIN_S))
             self._looked_until_ms, self._compared_at = activity.until_ms, now
         self._again |= await self._next_of_all(now)
-        drifted = 0
-        for tenant_id in sorted(self._again):
-            comparison = await self._reconciler.compare(tenant_id)
-            drifted += comparison.drifted
-            if comparison.complete and not comparison.waiting:
-                self._again.discard(tenant_id)
+        for tenant_id in self._turns.due(self._again - seeding):
+            with self._turns.apart(tenant_id):
+                drifted += await self._compare(tenant_id)
         if drifted:
             logger.warning("job=%s corrected=%d", self.name, drifted)
         return False
+
+    async def _compare(self, tenant_id: str) -> int:
+        """Compare one; returns how many of its counters were wrong."""
+        comparison = await self._reconciler.compare(tenant_id)
+        if comparison.complete and not comparison.waiting:
+            self._again.discard(tenant_id)
+        return comparison.drifted
 
     async def _next_of_all(self, now: float) -> set[str]:
         """Take the next tenants of all; those after the last one are the first again, but not too soon."""

@@ -1,6 +1,6 @@
 """The usage ledger: rows are only ever added, each a signed change of what was spent, unique by what it tells."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import asyncpg
 import orjson
 
-from budgetguard.adapters.postgres.pool import Connection, Database, moment
+from budgetguard.adapters.postgres.pool import Connection, Database, fetch_within, moment
 from budgetguard.core.events import UsageEvent, entry_order
 from budgetguard.core.operation import End, OperationFacts
 from budgetguard.core.snapshot import SubjectKind
@@ -18,13 +18,14 @@ Delivery = tuple[int, str, UsageEvent]
 
 # As core/pricing.py's caseless().
 _C = 'COLLATE "C"'
-# How a subject's rows are found: a tenant's are all of them.
+# How a subject's rows are found: a tenant's are all of them. The indexes of sessions and end users have only rows with
+# one, so that it is one must be said, or a plan for whichever subject cannot use them.
 SUBJECT_CONDITION = {
     SubjectKind.TENANT: "$2::text = ''",
     SubjectKind.API_KEY: "key_id = $2",
     SubjectKind.TAG: "tags ? $2",
-    SubjectKind.SESSION: "session_id = $2",
-    SubjectKind.END_USER: "end_user = $2",
+    SubjectKind.SESSION: "session_id = $2 AND session_id <> ''",
+    SubjectKind.END_USER: "end_user = $2 AND end_user <> ''",
     SubjectKind.MODEL: f"lower($2::text {_C}) IN (lower(model {_C}), lower(priced_model {_C}))",
     SubjectKind.PROVIDER: "provider_id = $2",
 }
@@ -95,6 +96,22 @@ _MOVE_POSITION = """
         stream_sequence = CASE WHEN (position.stream_ms, position.stream_sequence)
             < (excluded.stream_ms, excluded.stream_sequence) THEN excluded.stream_sequence
             ELSE position.stream_sequence END
+"""
+
+# Row by row: a join of two sets may be planned as one over the whole ledger, this is a look at an index each.
+_LAST_WORDS = """
+    WITH wanted AS (
+        SELECT held_at, operation_id FROM usage_ledger
+        WHERE tenant_id = $1 AND held_at >= $2 AND recorded_at >= $3
+        UNION
+        SELECT held_at, operation_id FROM usage_ledger WHERE tenant_id = $1 AND operation_id = ANY($4::text[])
+    )
+    SELECT standing.*, epoch_ms(standing.held_at) AS held_at_ms FROM wanted, LATERAL (
+        SELECT * FROM usage_ledger AS row
+        WHERE row.held_at = wanted.held_at AND row.operation_id = wanted.operation_id
+        ORDER BY rank DESC, sequence DESC LIMIT 1
+    ) AS standing
+    ORDER BY standing.held_at, standing.operation_id
 """
 
 _FACTS = tuple(field.name for field in fields(OperationFacts))
@@ -176,27 +193,39 @@ class LedgerRepository:
                 f"""
                 SELECT coalesce(sum(delta_nanos), 0) FROM usage_ledger
                 WHERE tenant_id = $1 AND {SUBJECT_CONDITION[subject_kind]}
-                    AND held_at >= $3 AND ($4::timestamptz IS NULL OR held_at < $4)
+                    AND held_at >= $3 {"" if until_ms is None else "AND held_at < $4"}
                 """,
                 tenant_id,
                 subject,
                 moment(from_ms),
-                None if until_ms is None else moment(until_ms),
+                *(() if until_ms is None else (moment(until_ms),)),
             )
         return int(total)
 
-    async def last_words(self, tenant_id: str, *, held_from_ms: int, ended_from_ms: int) -> tuple[LastWord, ...]:
-        """List how the operations of a tenant stand that ended lately."""
+    async def last_words(
+        self,
+        tenant_id: str,
+        *,
+        held_from_ms: int,
+        recorded_from_ms: int,
+        operation_ids: Collection[str] = (),
+        within_s: float | None = None,
+    ) -> tuple[LastWord, ...]:
+        """List how operations of a tenant stand, by all of their rows, oldest first.
+
+        Those that were admitted since ``held_from_ms`` and of which something was recorded since ``recorded_from_ms``:
+        what was recorded lately may have ended long before. And those named, of whatever age. ``within_s``: the time
+        that it may take.
+        """
         async with self._database.transaction() as connection:
-            rows = await connection.fetch(
-                """
-                SELECT DISTINCT ON (held_at, operation_id) *, epoch_ms(held_at) AS held_at_ms
-                FROM usage_ledger WHERE tenant_id = $1 AND held_at >= $2 AND ended_at >= $3
-                ORDER BY held_at, operation_id, rank DESC, sequence DESC
-                """,
+            rows = await fetch_within(
+                connection,
+                within_s,
+                _LAST_WORDS,
                 tenant_id,
                 moment(held_from_ms),
-                moment(ended_from_ms),
+                moment(recorded_from_ms),
+                list(operation_ids),
             )
         return tuple(
             LastWord(

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from budgetguard.adapters.postgres.ledger import SUBJECT_CONDITION
 from budgetguard.adapters.postgres.ledger_activity import SUBJECTS
-from budgetguard.adapters.postgres.pool import Database, moment
+from budgetguard.adapters.postgres.pool import Database, fetch_within, moment
 from budgetguard.core.events import entry_order
 from budgetguard.core.snapshot import BudgetSpec
 from budgetguard.core.window import Window, buckets_of
@@ -12,9 +12,10 @@ from budgetguard.core.window import Window, buckets_of
 # Rows of this age came from events that are before any that is looked at now, also when Redis' clock was set back.
 _SETTLED_AGE = "1 hour"
 
+# ``$4`` and ``$5``: the event, as (ms, sequence).
 _UP_TO_EVENT = f"""(
-    $5::bigint IS NULL OR recorded_at < now() - interval '{_SETTLED_AGE}'
-    OR (split_part(event_id, '-', 1)::bigint, split_part(event_id, '-', 2)::bigint) <= ($5, $6::bigint)
+    recorded_at < now() - interval '{_SETTLED_AGE}'
+    OR (split_part(event_id, '-', 1)::bigint, split_part(event_id, '-', 2)::bigint) <= ($4::bigint, $5::bigint)
 )"""
 
 
@@ -25,34 +26,22 @@ class LedgerSums:
         self._database = database
 
     async def spent(
-        self, tenant_id: str, spec: BudgetSpec, window: Window, *, until_event: str | None = None
+        self,
+        tenant_id: str,
+        spec: BudgetSpec,
+        window: Window,
+        *,
+        until_event: str | None = None,
+        within_s: float | None = None,
     ) -> dict[tuple[str, int | None], int]:
         """Sum in nanos what a budget has spent by calls admitted in a window, by (subject, bucket).
 
         The subject is empty where the budget is no template, the bucket ``None`` where it does not roll.
-        ``until_event``: only events up to this one, of the tenant's shard.
+        ``until_event``: only events up to this one, of the tenant's shard. ``within_s``: the time that it may take.
         """
-        subject = SUBJECTS[spec.subject_kind] if spec.each else "''"
-        condition = "true" if spec.each else SUBJECT_CONDITION[spec.subject_kind].replace("$2", "$7")
-        width_ms = buckets_of(spec).width_ms if spec.rolling_ms is not None else None
-        event_ms, sequence = (None, None) if until_event is None else entry_order(until_event)
+        query, arguments = _spent_query(tenant_id, spec, window, until_event)
         async with self._database.transaction() as connection:
-            rows = await connection.fetch(
-                f"""
-                SELECT {subject} AS subject, epoch_ms(held_at) / $4::bigint AS bucket, sum(delta_nanos) AS spent_nanos
-                FROM usage_ledger
-                WHERE tenant_id = $1 AND held_at >= $2 AND ($3::timestamptz IS NULL OR held_at < $3)
-                    AND {_UP_TO_EVENT} AND ($7::text IS NULL OR {condition})
-                GROUP BY 1, 2
-                """,
-                tenant_id,
-                moment(window.starts_at_ms),
-                None if window.resets_at_ms is None else moment(window.resets_at_ms),
-                width_ms,
-                event_ms,
-                sequence,
-                None if spec.each else spec.subject,
-            )
+            rows = await fetch_within(connection, within_s, query, *arguments)
         # A call without a subject of the kind is counted for nobody.
         return {
             (row["subject"], row["bucket"]): int(row["spent_nanos"]) for row in rows if row["subject"] or not spec.each
@@ -86,3 +75,29 @@ class LedgerSums:
         """Whether events of a shard are in no row, so that its counters may rightly have more than the ledger."""
         async with self._database.transaction() as connection:
             return bool(await connection.fetchval("SELECT EXISTS (SELECT FROM dead_events WHERE shard = $1)", shard))
+
+
+def _spent_query(
+    tenant_id: str, spec: BudgetSpec, window: Window, until_event: str | None
+) -> tuple[str, tuple[object, ...]]:
+    """Write out only the conditions that apply: one with "no value, or ..." in it keeps an index from being used."""
+    width_ms = buckets_of(spec).width_ms if spec.rolling_ms is not None else None
+    arguments: list[object] = [tenant_id, moment(window.starts_at_ms), width_ms]
+    conditions = ["tenant_id = $1", "held_at >= $2"]
+
+    def add(condition: str, *values: object) -> None:
+        arguments.extend(values)
+        conditions.append(condition)
+
+    if until_event is not None:
+        add(_UP_TO_EVENT, *entry_order(until_event))
+    if window.resets_at_ms is not None:
+        add(f"held_at < ${len(arguments) + 1}", moment(window.resets_at_ms))
+    if not spec.each:
+        add(SUBJECT_CONDITION[spec.subject_kind].replace("$2", f"${len(arguments) + 1}"), spec.subject)
+    subject = SUBJECTS[spec.subject_kind] if spec.each else "''"
+    query = f"""
+        SELECT {subject} AS subject, epoch_ms(held_at) / $3::bigint AS bucket, sum(delta_nanos) AS spent_nanos
+        FROM usage_ledger WHERE {" AND ".join(conditions)} GROUP BY 1, 2
+    """
+    return query, tuple(arguments)

@@ -21,8 +21,9 @@ STATEMENT_TIMEOUT_MS = 10_000
 LOCK_TIMEOUT_MS = 5_000
 # A program that stopped inside a transaction must not keep its locks.
 IDLE_IN_TRANSACTION_TIMEOUT_MS = 15_000
-# The server's own timeout answers first; this one is for a server that does not answer at all.
-COMMAND_TIMEOUT_S = STATEMENT_TIMEOUT_MS / 1000 + 5
+# The server's own timeout answers first; this one, so much longer, is for a server that does not answer at all.
+SILENCE_S = 5.0
+COMMAND_TIMEOUT_S = STATEMENT_TIMEOUT_MS / 1000 + SILENCE_S
 
 # The server cannot be reached, has gone meanwhile, is busy, or did not finish in time.
 _UNAVAILABLE = (
@@ -107,6 +108,17 @@ async def open_database(
             },
         )
     )
+
+
+async def fetch_within(connection: Connection, within_s: float | None, query: str, *arguments: object) -> list[Row]:
+    """Fetch rows in a transaction, and give this query and those after it so much time; ``None``: the usual."""
+    timeout_s = None
+    if within_s is not None:
+        # As SET LOCAL, which takes no parameters: it ends with the transaction.
+        await connection.execute("SELECT set_config('statement_timeout', $1, true)", str(round(within_s * 1000)))
+        timeout_s = within_s + SILENCE_S
+    rows: list[Row] = await connection.fetch(query, *arguments, timeout=timeout_s)
+    return rows
 
 
 async def _prepare(connection: Connection) -> None:

@@ -7,15 +7,15 @@ import pytest
 from budgetguard.adapters.postgres.ledger import DeadEvent, LedgerRepository
 from budgetguard.adapters.postgres.ledger_activity import LedgerActivity
 from budgetguard.adapters.postgres.ledger_reader import LedgerReader
-from budgetguard.adapters.postgres.ledger_sums import LedgerSums
+from budgetguard.adapters.postgres.ledger_sums import LedgerSums, _spent_query
 from budgetguard.adapters.postgres.pool import open_database
 from budgetguard.core.budget import counted_subjects
 from budgetguard.core.entities import LedgerFilter, UsageGroup
-from budgetguard.core.errors import InvalidError
+from budgetguard.core.errors import DependencyUnavailableError, InvalidError
 from budgetguard.core.events import entry_order
 from budgetguard.core.money import COUNTER_NANOS_MAX
 from budgetguard.core.operation import RANK, End
-from budgetguard.core.snapshot import SubjectKind
+from budgetguard.core.snapshot import SubjectKind, WindowKind
 from budgetguard.core.usage import Usage
 from budgetguard.core.window import Window
 from tests.plugins.redis_calls import a_budget
@@ -342,7 +342,101 @@ async def test_last_words_tell_how_operations_stand(ledger):
             a_delivery("old", held_at_ms=NOW_MS - 10_000_000),
         ]
     )
-    (word,) = await ledger.last_words("acme", held_from_ms=0, ended_from_ms=NOW_MS)
+    (word,) = await ledger.last_words("acme", held_from_ms=NOW_MS, recorded_from_ms=0)
     assert (word.facts.operation_id, word.end, word.amount_nanos, word.sequence) == ("a", End.CONFIRMED, 100, 2)
     assert RANK[word.end] == 3
-    assert await ledger.last_words("acme", held_from_ms=NOW_MS + 1, ended_from_ms=0) == ()
+    assert await ledger.last_words("acme", held_from_ms=NOW_MS + 1, recorded_from_ms=0) == ()
+    assert await ledger.last_words("other", held_from_ms=0, recorded_from_ms=0) == ()
+
+
+HOUR_MS = 3_600_000
+
+
+async def words(ledger, **changes) -> dict[str, End]:
+    since = {"held_from_ms": NOW_MS - 100 * HOUR_MS, "recorded_from_ms": NOW_MS - HOUR_MS, **changes}
+    return {word.facts.operation_id: word.end for word in await ledger.last_words("acme", **since)}
+
+
+async def test_last_words_are_of_what_was_recorded_lately_however_long_ago_it_ended(ledger, owner):
+    long_ago = {"held_at_ms": NOW_MS - 50 * HOUR_MS, "ended_at_ms": NOW_MS - 49 * HOUR_MS}
+    await owner.execute("ALTER TABLE usage_ledger ALTER recorded_at SET DEFAULT now() - interval '2 hours'")
+    await ledger.insert_events(
+        [
+            a_delivery("settled", **long_ago),
+            a_delivery("overtaken", **long_ago),
+            a_delivery("expired", end=End.EXPIRED, **long_ago),
+        ]
+    )
+    await owner.execute("ALTER TABLE usage_ledger ALTER recorded_at SET DEFAULT now()")
+    await ledger.insert_events(
+        [
+            a_delivery("overtaken", end=End.ESTIMATED, delta_nanos=0, **long_ago, sequence=2),
+            a_delivery("expired", **long_ago, sequence=2),
+            a_delivery("late", **long_ago),
+        ]
+    )
+    # By all of its rows, also where the last one that came in is not the last word.
+    lately = {"overtaken": End.CONFIRMED, "expired": End.CONFIRMED, "late": End.CONFIRMED}
+    assert await words(ledger) == lately
+    named = ["settled", "late", "nobody's"]
+    assert await words(ledger, operation_ids=named) == {**lately, "settled": End.CONFIRMED}
+    assert await words(ledger, operation_ids=named, held_from_ms=NOW_MS) == dict.fromkeys(
+        ("late", "settled"), End.CONFIRMED
+    )
+
+
+async def test_last_words_of_named_operations_are_the_tenant_s_own(ledger):
+    await ledger.insert_events([a_delivery("mine"), a_delivery("theirs", tenant_id="other")])
+    assert list(await words(ledger, recorded_from_ms=NOW_MS + HOUR_MS, operation_ids=["mine", "theirs"])) == ["mine"]
+
+
+async def test_a_sum_has_the_time_that_it_is_given_and_no_later_statement_has_it(database, ledger, owner):
+    """Rows are seen here by statements that may take so long, and by no others."""
+    await ledger.insert_events([a_delivery("op-1")])
+    await owner.execute(
+        "CREATE POLICY seen ON usage_ledger FOR SELECT USING (current_setting('statement_timeout') = '90s')"
+    )
+    await owner.execute("ALTER TABLE usage_ledger ENABLE ROW LEVEL SECURITY")
+    sums = LedgerSums(database)
+    assert await sums.spent("acme", a_budget(), Window(0, None), within_s=90.0) == {("", None): 100}
+    assert await words(ledger, within_s=90.0) == {"op-1": End.CONFIRMED}
+    # The pool gives the same connection again.
+    assert await sums.spent("acme", a_budget(), Window(0, None)) == {}
+    assert await words(ledger) == {}
+
+
+async def test_a_sum_that_takes_too_long_is_given_up(database, ledger, owner):
+    await ledger.insert_events([a_delivery("op-1")])
+    await owner.execute("CREATE POLICY slow ON usage_ledger FOR SELECT USING (pg_sleep(300) IS NOT NULL)")
+    await owner.execute("ALTER TABLE usage_ledger ENABLE ROW LEVEL SECURITY")
+    with pytest.raises(DependencyUnavailableError):
+        await LedgerSums(database).spent("acme", a_budget(), Window(0, None), within_s=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "subject", "column"),
+    [
+        (SubjectKind.API_KEY, f"{7:016}", "key_id"),
+        (SubjectKind.SESSION, "s7", "session_id"),
+        (SubjectKind.END_USER, "u7", "end_user"),
+    ],
+)
+async def test_a_subject_s_rows_are_found_by_its_index_also_in_a_plan_for_all_subjects(
+    ledger, app, owner, kind, subject, column
+):
+    """Postgres makes such a plan, without looking at the values, once a query was asked several times."""
+    deliveries = [
+        a_delivery(f"op-{n}", key_id=f"{n % 400:016}", session_id=f"s{n % 400}", end_user=f"u{n % 400}")
+        for n in range(4_000)
+    ]
+    await ledger.insert_events(deliveries)
+    await owner.execute("ANALYZE usage_ledger")
+    await app.execute("SET plan_cache_mode = force_generic_plan")
+    budget = a_budget(subject_kind=kind, subject=subject, window=WindowKind.MONTH)
+    windows = [Window(0, None), Window(NOW_MS - HOUR_MS, NOW_MS + HOUR_MS)]
+    for number, window in enumerate(windows):
+        query, arguments = _spent_query("acme", budget, window, f"{NOW_MS}-0")
+        await app.execute(f"PREPARE sum_{number} AS {query}")
+        values = ", ".join("NULL" if value is None else f"'{value}'" for value in arguments)
+        plan = "\n".join(row[0] for row in await app.fetch(f"EXPLAIN EXECUTE sum_{number} ({values})"))
+        assert f"Index Cond: ((tenant_id = $1) AND ({column} = $" in plan, plan

@@ -74,15 +74,19 @@ class Plane:
             reconciler=self.reconciler,
         )
         self.writer = LedgerWriter(self.events, self.ledger, metrics=self.metrics)
-        self.rebuild = RebuildCounters(
+        self.rebuild = self.rebuilding()
+
+    def rebuilding(self, **changes) -> RebuildCounters:
+        return RebuildCounters(
             database=self.database,
             tenants=self.tenants,
             ledger=self.ledger,
             sums=self.sums,
             epoch=self.epoch,
+            book=CounterBook(self.redis),
             publisher=self.publisher,
             writer=self.writer,
-            now_ms=now_ms,
+            **{"now_ms": now_ms, **changes},
         )
 
     def drain(self, consumer: str = "one", **changes) -> DrainUsage:
@@ -121,6 +125,21 @@ class Plane:
         read = await self.counters.read_counters(tenant_id, names)
         return {spec.budget_id: one for spec, one in zip(snapshot.budgets, read, strict=True)}
 
+    async def put_back(self, saved: list[str]) -> None:
+        """Give Redis what it had when it was saved, as from an older file."""
+        for key in await self.redis.command("KEYS", "bg:*"):
+            await self.redis.command("DEL", key)
+        for key in saved:
+            await self.redis.command("RENAME", f"saved:{key}", key)
+
+    async def save(self) -> list[str]:
+        """Keep what Redis has now, but for what closes its shards when it is put back: sign-offs and streams."""
+        found = await self.redis.command("KEYS", "bg:*")
+        saved = [key for key in found if not key.endswith((":usage", ":epoch"))]
+        for key in saved:
+            await self.redis.command("COPY", key, f"saved:{key}")
+        return saved
+
     async def in_ledger(self, tenant_id: str = "acme") -> int:
         return await self.ledger.spent(
             tenant_id=tenant_id, subject_kind=SubjectKind.TENANT, subject="", from_ms=0, until_ms=None
@@ -130,3 +149,32 @@ class Plane:
 @pytest.fixture
 def plane(database, ready_redis):
     return Plane(database, ready_redis)
+
+
+@pytest.fixture
+def rows_seen_if(owner):
+    """Let the programs see the ledger's rows by a condition, which is looked at for each row that a query wants."""
+
+    async def restrict(condition: str | None) -> None:
+        await owner.execute("DROP POLICY IF EXISTS seen ON usage_ledger")
+        await owner.execute("DROP POLICY IF EXISTS added ON usage_ledger")
+        if condition is None:
+            await owner.execute("ALTER TABLE usage_ledger DISABLE ROW LEVEL SECURITY")
+            return
+        await owner.execute(f"CREATE POLICY seen ON usage_ledger FOR SELECT USING ({condition})")
+        await owner.execute("CREATE POLICY added ON usage_ledger FOR INSERT WITH CHECK (true)")
+        await owner.execute("ALTER TABLE usage_ledger ENABLE ROW LEVEL SECURITY")
+
+    return restrict
+
+
+@pytest.fixture
+def slow_tenants(rows_seen_if):
+    """Let every query that wants a row of these tenants take longer than any may."""
+
+    async def slow(*tenant_ids: str) -> None:
+        names = ", ".join(f"'{tenant_id}'" for tenant_id in tenant_ids)
+        condition = f"CASE WHEN tenant_id IN ({names}) THEN pg_sleep(300) IS NOT NULL ELSE true END"
+        await rows_seen_if(condition if tenant_ids else None)
+
+    return slow

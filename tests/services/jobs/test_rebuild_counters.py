@@ -11,6 +11,7 @@ from budgetguard.core.operation import End
 from budgetguard.core.snapshot import SubjectKind, WindowKind
 from control_plane.jobs.expire_holds import ExpireHolds
 from tests.plugins.redis_calls import a_settlement, live_holds
+from tests.plugins.usage_events import a_delivery
 from tests.services.jobs.conftest import KEY_ID, Plane, now_ms
 
 ACME = shard_of("acme")
@@ -96,10 +97,10 @@ async def test_a_rebuild_that_is_killed_is_begun_again(spent, monkeypatch):
     await spent.redis.command("FLUSHALL")
 
     async def killed(*_):
-        raise RuntimeError("killed")
+        raise asyncio.CancelledError
 
     monkeypatch.setattr(spent.rebuild, "_rebuild_tenant", killed)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(asyncio.CancelledError):
         await spent.rebuild.run_once()
     monkeypatch.undo()
     await spent.rebuild.run_once()
@@ -141,23 +142,151 @@ async def test_a_restarted_redis_with_its_data_is_signed_off_as_it_is(database, 
 
 async def test_a_redis_rolled_back_in_time_is_brought_to_the_ledgers_state(spent):
     """As from an old backup: an older stream, counters that know less, and a hold that has ended since."""
-    saved = [key for key in await spent.redis.command("KEYS", "*") if not key.endswith(":usage")]
-    for key in saved:
-        await spent.redis.command("COPY", key, f"saved:{key}")
+    saved = await spent.save()
     await spent.counters.settle(a_settlement(spent.held, 70), now_ms=now_ms())
     await spent.call("op-later", 5)
     await drain_all(spent)
     ledger = await spent.in_ledger()
-    for key in await spent.redis.command("KEYS", "bg:*"):
-        await spent.redis.command("DEL", key)
-    for key in saved:
-        if not key.endswith(":epoch"):
-            await spent.redis.command("RENAME", f"saved:{key}", key)
+    await spent.put_back(saved)
     assert (await spent.counted())["day"] == (75, 100)
     await spent.rebuild.run_once()
     assert ledger == 75 + 70 + 5
     assert set((await spent.counted()).values()) == {(ledger, 0)}
     assert await live_holds(spent.counters, "acme") == (0, 0)
+
+
+HOUR_MS = 3_600_000
+
+
+async def test_a_hold_that_an_old_backup_revives_is_dropped_however_long_ago_it_ended(spent):
+    saved = await spent.save()
+    await spent.counters.settle(a_settlement(spent.held, 70), now_ms=now_ms())
+    await drain_all(spent)
+    await spent.put_back(saved)
+    assert (await spent.counted())["mine"] == (75, 100)
+    later_ms = now_ms() + 30 * HOUR_MS
+    await spent.rebuilding(now_ms=lambda: later_ms).run_once()
+    assert (await spent.counted())["mine"] == (75 + 70, 0)
+    assert await live_holds(spent.counters, "acme") == (0, 0)
+    # Nothing is left that could expire, and what is sent again is known.
+    await ExpireHolds(spent.counters, now_ms=lambda: later_ms).run_once()
+    await spent.counters.settle(a_settlement(spent.held, 70), now_ms=now_ms())
+    await drain_all(spent)
+    assert (await spent.counted())["mine"] == (75 + 70, 0)
+    assert await spent.in_ledger() == 75 + 70
+
+
+async def test_a_live_hold_stays_whatever_another_operation_of_its_name_has_cost(spent):
+    long_ago_ms = now_ms() - 30 * HOUR_MS
+    namesake = a_delivery("op-held", shard=ACME, tenant_id="acme", key_id=KEY_ID, held_at_ms=long_ago_ms, delta_nanos=3)
+    await spent.ledger.insert_events([(ACME, f"{now_ms() + 10**6}-0", namesake[2])])
+    await spent.epoch.begin_rebuild(ACME)
+    await spent.rebuild.run_once()
+    assert (await spent.counted())["mine"] == (75 + 3, 100)
+    assert await live_holds(spent.counters, "acme") == (1, 100)
+    await spent.counters.settle(a_settlement(spent.held, 50), now_ms=now_ms())
+    assert (await spent.counted())["mine"] == (75 + 3 + 50, 0)
+
+
+async def test_an_end_that_was_recorded_lately_is_remembered_however_long_ago_it_was(spent):
+    """It waited in a spool while Redis was away, came in, and was lost with Redis' last writes."""
+    held_at_ms = spent.held.facts.held_at_ms
+    await ExpireHolds(spent.counters, now_ms=lambda: held_at_ms + 120_000).run_once()
+    await drain_all(spent)
+    saved = await spent.save()
+    ended_at_ms = now_ms() - 17 * 60_000
+    await spent.counters.settle(a_settlement(spent.held, 40, ended_at_ms=ended_at_ms), now_ms=now_ms())
+    await drain_all(spent)
+    assert await spent.in_ledger() == 75 + 40
+    await spent.put_back(saved)
+    await spent.rebuild.run_once()
+    assert set((await spent.counted()).values()) == {(75 + 40, 0)}
+    # A lower word that comes after all changes nothing.
+    await spent.counters.settle(a_settlement(spent.held, 99, End.ESTIMATED), now_ms=now_ms())
+    await drain_all(spent)
+    assert set((await spent.counted()).values()) == {(75 + 40, 0)}
+    assert await spent.in_ledger() == 75 + 40
+
+
+async def open_shards(plane) -> set[int]:
+    run_id = await plane.epoch.run_id()
+    return {shard for shard, signed in (await plane.epoch.signed_off(range(SHARDS))).items() if signed == run_id}
+
+
+async def test_a_tenant_whose_sums_take_too_long_keeps_no_other_closed(spent, slow_tenants):
+    await spent.make_tenant("slow", key_id="s" * 16)
+    await spent.call("op-slow", 40, tenant_id="slow", key_id="s" * 16)
+    await spent.make_tenant("other", key_id="o" * 16)
+    await spent.call("op-other", 30, tenant_id="other", key_id="o" * 16)
+    await drain_all(spent)
+    slow, clock = shard_of("slow"), [0.0]
+    assert slow < max(ACME, shard_of("other")), "so that others come after it"
+    await spent.redis.command("FLUSHALL")
+    await slow_tenants("slow")
+    rebuild = spent.rebuilding(sum_seconds=3.0, clock=lambda: clock[0])
+    await rebuild.run_once()
+    assert await open_shards(spent) == set(range(SHARDS)) - {slow}
+    assert {amount for amount, _ in (await spent.counted()).values()} == {75}
+    assert await spent.counted("other") == {"other-month": (30, 0)}
+    # Not on counters that are not true.
+    assert (await spent.hold("op-1", tenant_id="slow", key_id="s" * 16)).kind is Refusal.NOT_READY
+    # It is not tried in vain all the time, but in time.
+    await slow_tenants()
+    await rebuild.run_once()
+    assert slow not in await open_shards(spent)
+    clock[0] = 1.0
+    await rebuild.run_once()
+    assert await open_shards(spent) == set(range(SHARDS))
+    assert await spent.counted("slow") == {"slow-month": (40, 0)}
+
+
+async def test_what_is_right_is_open_before_anything_is_rebuilt(spent, slow_tenants):
+    """Also when what must be rebuilt is so much that the run gives up."""
+    names = [f"slow-{number}" for number in range(4)]
+    for number, name in enumerate(names):
+        await spent.make_tenant(name, key_id=f"{number:016}")
+        await spent.call(f"op-{name}", tenant_id=name, key_id=f"{number:016}")
+    await drain_all(spent)
+    behind = {shard_of(name) for name in names}
+    assert len(behind) == 4
+    for shard in range(SHARDS):
+        await spent.redis.command("DEL", keys.epoch(shard), *([keys.usage(shard)] if shard in behind else []))
+    await slow_tenants(*names)
+    rebuild = spent.rebuilding(sum_seconds=0.3)
+    with pytest.raises(RuntimeError, match="tenant slow-"):
+        await rebuild.run_once()
+    assert await open_shards(spent) == set(range(SHARDS)) - behind
+    # The last one had no chance: now it is the first.
+    await slow_tenants(*sorted(names, key=shard_of)[:3])
+    await rebuild.run_once()
+    assert await open_shards(spent) == set(range(SHARDS)) - set(sorted(behind)[:3])
+
+
+async def test_usage_that_comes_from_the_redis_of_before_meanwhile_keeps_its_shard_closed(spent, monkeypatch):
+    """A worker may have taken events from Redis before it lost them, and write them while the shards are looked at."""
+    await spent.redis.command("DEL", keys.epoch(ACME))
+    sweep = spent.publisher.sweep
+
+    async def meanwhile():
+        late = a_delivery("op-late", tenant_id="acme", key_id=KEY_ID, held_at_ms=now_ms(), delta_nanos=9)
+        await spent.ledger.insert_events([(ACME, f"{now_ms() + 10**6}-0", late[2])])
+        return await sweep()
+
+    monkeypatch.setattr(spent.publisher, "sweep", meanwhile)
+    await spent.rebuild.run_once()
+    assert set((await spent.counted()).values()) == {(75 + 9, 100)}
+    assert ACME in await open_shards(spent)
+
+
+async def test_a_rebuild_s_sums_may_take_two_minutes(spent, rows_seen_if):
+    before = await spent.counted()
+    await spent.redis.command("FLUSHALL")
+    await rows_seen_if("current_setting('statement_timeout') = '2min'")
+    await spent.rebuild.run_once()
+    assert await spent.counted() == {budget: (amount, 0) for budget, (amount, _) in before.items()}
+    # Ends were found too: what is sent again is known.
+    await spent.counters.settle(a_settlement(spent.handoffs[0], 10), now_ms=now_ms())
+    assert await spent.counted() == {budget: (amount, 0) for budget, (amount, _) in before.items()}
 
 
 async def test_undrained_events_of_a_stream_that_fell_behind_are_not_lost(spent, owner):

@@ -17,6 +17,7 @@ from budgetguard.core.attempt_counts import Tally
 from budgetguard.core.budget import Refusal, Reserved
 from budgetguard.core.counter import counter_name
 from budgetguard.core.entities import Provider
+from budgetguard.core.errors import DependencyUnavailableError
 from budgetguard.core.operation import End
 from budgetguard.core.reasons import Reason
 from budgetguard.core.snapshot import SubjectKind, WindowKind
@@ -294,6 +295,101 @@ async def test_tenants_that_nobody_calls_are_looked_at_in_turn(plane):
     clock[0] = 1199.0
     await job.run_once()
     assert await right() == 0
+
+
+async def drift(plane) -> None:
+    for name in await plane.redis.command("KEYS", "*:counter:*"):
+        await plane.redis.command("HINCRBY", name, "spent", 1000)
+
+
+async def with_tenants(plane, *names) -> None:
+    for number, name in enumerate(names):
+        await plane.make_tenant(name, key_id=f"{number:016}")
+        await plane.call(f"op-{name}", 60, tenant_id=name, key_id=f"{number:016}")
+    await drain_all(plane)
+
+
+async def spent_by(plane, *names) -> list[int]:
+    return [spent for name in names for spent, _ in (await plane.counted(name)).values()]
+
+
+@pytest.fixture
+def quick(plane):
+    """Comparisons that give up soon."""
+    plane.reconciler._sum_seconds = 2.0
+    return plane
+
+
+async def test_a_tenant_that_cannot_be_compared_keeps_no_other_waiting(quick, slow_tenants):
+    names = ("a-slow", "b", "c")
+    await with_tenants(quick, *names)
+    clock = [0.0]
+    job = the_job(quick, clock=lambda: clock[0], compare_every_s=10**9, sweep_every_s=60)
+    await job.run_once()
+    await drift(quick)
+    await slow_tenants("a-slow")
+    clock[0] = 100.0
+    await job.run_once()
+    assert await spent_by(quick, *names) == [1060, 60, 60]
+    # It is not tried in vain all the time, but in time.
+    await slow_tenants()
+    await job.run_once()
+    assert await spent_by(quick, "a-slow") == [1060]
+    clock[0] = 101.0
+    await job.run_once()
+    assert await spent_by(quick, *names) == [60, 60, 60]
+
+
+async def test_a_budget_that_cannot_get_its_past_keeps_no_other_waiting(quick, slow_tenants):
+    names = ("a-slow", "b")
+    await with_tenants(quick, *names)
+    job = the_job(quick, compare_every_s=10**9)
+    await job.run_once()
+    await slow_tenants("a-slow")
+    for name in names:
+        await quick.make_budget(f"{name}-day", tenant_id=name, window=WindowKind.DAY)
+        await quick.publisher.publish(name, wait=False)
+    await drift(quick)
+    await job.run_once()
+    assert [await seeding(quick, name) for name in names] == [[f"{names[0]}-day"], []]
+    assert await spent_by(quick, "b") == [60, 60]
+
+
+async def seeding(plane, tenant_id) -> list[str]:
+    return [spec.budget_id for spec in (await plane.counters.load_tenant(tenant_id)).budgets if spec.seeding]
+
+
+async def test_when_one_after_the_other_fails_the_look_is_given_up_and_others_come_first_in_the_next(
+    quick, slow_tenants
+):
+    slow = ("a-1", "a-2", "a-3")
+    await with_tenants(quick, *slow, "b")
+    quick.reconciler._sum_seconds = 0.3
+    clock = [0.0]
+    job = the_job(quick, clock=lambda: clock[0], compare_every_s=10**9, sweep_every_s=60)
+    await job.run_once()
+    await drift(quick)
+    await slow_tenants(*slow)
+    clock[0] = 100.0
+    with pytest.raises(DependencyUnavailableError):
+        await job.run_once()
+    assert await spent_by(quick, "b") == [1060]
+    clock[0] = 101.0
+    quick.reconciler._sum_seconds = 2.0
+    await slow_tenants("a-1", "a-2")
+    await job.run_once()
+    assert await spent_by(quick, *slow, "b") == [1060, 1060, 60, 60]
+
+
+async def test_a_comparison_s_sums_may_take_half_a_minute(plane, rows_seen_if):
+    await plane.make_tenant()
+    await plane.make_budget("each", subject_kind=SubjectKind.API_KEY, each=True)
+    await plane.call("op-1", 60)
+    await drain_all(plane)
+    await rows_seen_if("current_setting('statement_timeout') = '30s'")
+    await plane.publisher.publish("acme")
+    (name,) = await plane.redis.command("KEYS", "*:counter:*each*")
+    assert await plane.redis.command("HGET", name, "spent") == "60"
 
 
 async def test_what_may_be_usage_that_no_row_has_is_not_taken_from_a_counter(plane, owner):
