@@ -23,6 +23,7 @@ from budgetguard.adapters.postgres.budget_events import BudgetEventRepository
 from budgetguard.adapters.postgres.budgets import BudgetRepository
 from budgetguard.adapters.postgres.carries import CarryRepository
 from budgetguard.adapters.postgres.catalog import CatalogRepository
+from budgetguard.adapters.postgres.dead_events import DeadEventRepository
 from budgetguard.adapters.postgres.ledger import LedgerRepository
 from budgetguard.adapters.postgres.ledger_activity import LedgerActivity
 from budgetguard.adapters.postgres.ledger_reader import LedgerReader
@@ -56,6 +57,8 @@ from budgetguard.v1 import (
     budget_pb2_grpc,
     correction_pb2,
     correction_pb2_grpc,
+    dead_event_pb2,
+    dead_event_pb2_grpc,
     price_pb2,
     price_pb2_grpc,
     provider_pb2,
@@ -101,6 +104,7 @@ from control_plane.services.budget_events import BudgetEventService
 from control_plane.services.budgets import BudgetService
 from control_plane.services.catalog import PriceService, ProviderService
 from control_plane.services.corrections import CorrectionService
+from control_plane.services.dead_events import DeadEventService
 from control_plane.services.quotes import QuoteService
 from control_plane.services.refusals import RefusalService
 from control_plane.services.sessions import SessionService
@@ -124,6 +128,7 @@ SERVICES = (
     budget_event_pb2.DESCRIPTOR,
     budget_pb2.DESCRIPTOR,
     correction_pb2.DESCRIPTOR,
+    dead_event_pb2.DESCRIPTOR,
     price_pb2.DESCRIPTOR,
     provider_pb2.DESCRIPTOR,
     quote_pb2.DESCRIPTOR,
@@ -326,6 +331,9 @@ class ControlPlane:
                 tenants=self._tenants,
             ),
             server,
+        )
+        dead_event_pb2_grpc.add_DeadEventServiceServicer_to_server(
+            DeadEventService(events=DeadEventRepository(self._database), counting=self._reconciler(self._redis)), server
         )
         usage_pb2_grpc.add_UsageServiceServicer_to_server(
             UsageService(ledger=LedgerReader(self._database), tenants=self._tenants, book=CounterBook(self._redis)),

@@ -68,7 +68,10 @@ class SystemState:
                 "the migrating role must run rehome_ledger_default()"
             )
         if self.postgres.dead_events:
-            problems.append(f"{self.postgres.dead_events} usage events could not become ledger rows: see dead_events")
+            problems.append(
+                f"{self.postgres.dead_events} usage events could not become ledger rows: "
+                "see /admin/usage/deadevents?state=STANDING, mend the cause and retry them, or discard them"
+            )
         if not self.redis.reachable:
             problems.append("Redis does not answer: no call is admitted")
         elif self.redis.shards_ready < SHARDS:

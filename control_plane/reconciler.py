@@ -197,8 +197,9 @@ class Reconciler:
             return Comparison(complete=False)
         older = {hold.facts.operation_id for due in dues for hold in due.older}
         ended = await self._sums.ended(older, until_event=reading.event_id) if older else set()
+        # Before the sum: what a retry brings meanwhile is then in the sum, or still known to be missing from it.
+        frees_nothing = await self._sums.has_dead_events(tenant_id, shard=shard)
         spent = await self._spent(tenant_id, dues, reading.event_id)
-        frees_nothing = await self._sums.has_dead_events(shard)
         waiting, drifted = False, 0
         for due, counter in zip(dues, reading.counters, strict=True):
             seed = sum(hold.hold_nanos for hold in due.older if hold.facts.operation_id not in ended)

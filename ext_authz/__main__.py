@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from functools import partial
 from uuid import uuid4
 
 import uvloop
@@ -17,6 +18,7 @@ from budgetguard.adapters.policy import open_policy
 from budgetguard.adapters.prices import PriceBook
 from budgetguard.adapters.redis.client import RedisClient
 from budgetguard.adapters.redis.counters import Counters
+from budgetguard.adapters.redis.epoch import incarnation_of
 from budgetguard.adapters.redis.refusals import Refusals
 from budgetguard.adapters.serving import ListenError, serve, stop_on_signals
 from budgetguard.adapters.settings import SettingsError
@@ -56,7 +58,12 @@ async def run(settings: Settings) -> None:
     # Of its own, so that no call's command stands behind a refusal's.
     refusals_redis = RedisClient(settings.redis_url, timeout_seconds=REDIS_TIMEOUT_SECONDS)
     # A new name each time: a count that begins anew must not be taken for an older one.
-    refusals = RefusalLog(Refusals(refusals_redis), source=uuid4().hex[:12], now_ms=now_ms)
+    refusals = RefusalLog(
+        Refusals(refusals_redis),
+        source=uuid4().hex[:12],
+        incarnation=partial(incarnation_of, refusals_redis),
+        now_ms=now_ms,
+    )
     prices = PriceBook(counters)
     meter = Meter(settings.ext_proc_address)
     large_bodies = LargeBodies()

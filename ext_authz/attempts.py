@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +19,8 @@ from ext_authz.call import IncomingCall
 
 # A refusal is seen by an administrator this much later; a key in a loop costs Redis one script each time.
 TELL_EVERY_SECONDS = 0.25
+# How often Redis is asked whether it is the one that it was: one that is not may have lost what it was told.
+WATCH_EVERY_MS = 1_000
 # After Redis did not answer; meanwhile refusals are counted.
 RETRY_SECONDS = 1.0
 # What is left at the end may take this long.
@@ -54,12 +56,27 @@ class RefusalStore(Protocol):
 
 
 class RefusalLog:
-    """Counts refusals and tells them from time to time. ``source`` is a name that no other process has had."""
+    """Counts refusals and tells them from time to time. ``source`` is a name that no other process has had.
 
-    def __init__(self, store: RefusalStore, *, source: str, now_ms: Callable[[], int]) -> None:
+    ``incarnation`` asks Redis which process it is and which data it has, ``None`` while that is being found out; it
+    raises ``CountersUnavailableError``.
+    """
+
+    def __init__(
+        self,
+        store: RefusalStore,
+        *,
+        source: str,
+        incarnation: Callable[[], Awaitable[str | None]],
+        now_ms: Callable[[], int],
+    ) -> None:
         self._store = store
         self._gathering = Gathering(source)
+        self._incarnation = incarnation
         self._now_ms = now_ms
+        # Which Redis it was when it was asked last, and when that was.
+        self._known: str | None = None
+        self._known_at_ms = 0
         # Refusals that were dropped and not logged yet.
         self._dropped = 0
 
@@ -79,16 +96,33 @@ class RefusalLog:
         """Tell what was recorded until cancelled; while Redis is away it waits, within bounds."""
         while True:
             try:
+                await self.watch()
                 await self.tell()
             except Exception as error:  # noqa: BLE001 - the loop must outlive whatever Redis answers
                 logger.warning("refusals not told yet: %r", error)
                 await asyncio.sleep(RETRY_SECONDS)
             else:
                 await asyncio.sleep(TELL_EVERY_SECONDS)
-            self._drop(self._gathering.forget(self._now_ms()))
+            self._drop(self._gathering.forget(self._now_ms(), same_until_ms=self._known_at_ms))
             if self._dropped:
                 logger.error("%d refused calls are in no record", self._dropped)
                 self._dropped = 0
+
+    async def watch(self) -> None:
+        """Notice that Redis is another now, or has lost its data: then the last counts are told again.
+
+        Raises:
+            CountersUnavailableError: what it was told is kept until it answers.
+        """
+        now_ms = self._now_ms()
+        if now_ms - self._known_at_ms < WATCH_EVERY_MS:
+            return
+        incarnation = await self._incarnation()
+        if incarnation is None:
+            return
+        if self._known not in (None, incarnation) and (again := self._gathering.tell_again()):
+            logger.warning("Redis was replaced: telling %d counts of refusals again", again)
+        self._known, self._known_at_ms = incarnation, now_ms
 
     async def tell(self) -> None:
         """Tell what was not told yet, one after the other: no burst ever stands before a call's own command.
@@ -100,7 +134,7 @@ class RefusalLog:
         for report in self._gathering.reports():
             try:
                 if await self._store.refuse(report):
-                    self._gathering.told(report)
+                    self._gathering.told(report, now_ms=self._now_ms())
             except RedisReplyError as error:
                 fault = error  # it answers, so others may be taken
         if fault is not None:

@@ -5,16 +5,16 @@ import logging
 import os
 import sys
 import time
+from functools import partial
 
 import uvloop
 from prometheus_client import REGISTRY
 
 from budgetguard.adapters.grpc_wire.server import WireServer
 from budgetguard.adapters.metrics import serve_metrics
-from budgetguard.adapters.redis import keys
 from budgetguard.adapters.redis.client import RedisClient
 from budgetguard.adapters.redis.counters import Counters
-from budgetguard.adapters.redis.scripts import run_id_of
+from budgetguard.adapters.redis.epoch import incarnation_of
 from budgetguard.adapters.serving import ListenError, serve, stop_on_signals
 from budgetguard.adapters.settings import SettingsError
 from budgetguard.adapters.telemetry import configure_logging
@@ -46,13 +46,8 @@ async def run(settings: Settings) -> None:
     serve_metrics(settings.metrics_address, REGISTRY)
     redis = RedisClient(settings.redis_url, timeout_seconds=REDIS_TIMEOUT_SECONDS)
     counters = Counters(redis)
-
-    async def incarnation() -> str | None:
-        info, data = await redis.pipeline([("INFO", "server"), ("GET", keys.incarnation())])
-        return f"{run_id_of(info)} {data}" if data else None
-
     spool = Spool(settings.spool_dir)
-    settler = Settler(counters, spool, incarnation=incarnation, now_ms=_now_ms, registry=REGISTRY)
+    settler = Settler(counters, spool, incarnation=partial(incarnation_of, redis), now_ms=_now_ms, registry=REGISTRY)
     leases = Leases(counters, now_ms=_now_ms)
     service = ExternalProcessor(lambda: Exchange(settler=settler, leases=leases, counters=counters, now_ms=_now_ms))
     server = WireServer(settings.address, bidirectional=service.methods())

@@ -1,8 +1,8 @@
 """Counts refused attempts: the first ten a minute, key and reason are kept, all of them are counted.
 
 Each counter has one writer, its ``source``, and only rises. So whoever is told a count twice, late or out of order
-keeps the largest and is right; nothing on the way has to be remembered, and a lost Redis loses what it was told last
-only until it is told again.
+keeps the largest and is right; nothing on the way has to be remembered. A Redis that was lost is told its last counts
+again.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,8 @@ GROUPS_MAX = 10_000
 WAITING_MAX = 1_000
 # What could not be told for so long is given up.
 UNTOLD_KEPT_MS = 10 * 60_000
+# A count that was taken can be told again for so long: Redis may come back without it, or be lost before it is drained.
+TOLD_KEPT_MS = 10_000
 # A shard's attempts and counts on their way to Postgres. Above, attempts are only counted and counts are not taken.
 ROWS_WAITING_MAX = 2_000
 TALLIES_WAITING_MAX = 20_000
@@ -49,9 +51,16 @@ class _Group:
     tally: Tally
     count: int = 0
     told: int = 0
+    told_at_ms: int = 0
+    # Whether Redis may have lost what it was told.
+    again: bool = False
     # Attempts that were told, and those that wait.
     taken: int = 0
     waiting: list[Attempt] = field(default_factory=list)
+
+    def is_safe(self, same_until_ms: int) -> bool:
+        """Whether it was told, so long before that it need not be told again."""
+        return self.told == self.count and not self.again and self.told_at_ms + TOLD_KEPT_MS <= same_until_ms
 
 
 class Gathering:
@@ -84,36 +93,47 @@ class Gathering:
         return True
 
     def reports(self) -> list[Report]:
-        """List what was not told yet."""
+        """List what was not told yet, or has to be told again."""
         return [
             Report(tally=group.tally, count=group.count, attempts=tuple(group.waiting), first_number=group.taken + 1)
             for group in self._groups.values()
-            if group.count > group.told
+            if group.count > group.told or group.again
         ]
 
-    def told(self, report: Report) -> None:
+    def told(self, report: Report, *, now_ms: int) -> None:
         """Take note that a report of ours has arrived."""
         tally = report.tally
         group = self._groups[tally.tenant_id, tally.key_id, tally.reason, tally.minute_ms]
-        group.told = report.count
+        group.told, group.told_at_ms, group.again = report.count, now_ms, False
         group.taken += len(report.attempts)
         del group.waiting[: len(report.attempts)]
         self._waiting -= len(report.attempts)
+
+    def tell_again(self) -> int:
+        """Tell what counters stand at again, as Redis may have lost it; attempts that it took are gone then.
+
+        Answers how many counters there are.
+        """
+        told = [group for group in self._groups.values() if group.told]
+        for group in told:
+            group.again = True
+        return len(told)
 
     def untold(self) -> int:
         """Count the refusals that were not told yet."""
         return sum(group.count - group.told for group in self._groups.values())
 
-    def forget(self, now_ms: int) -> int:
+    def forget(self, now_ms: int, *, same_until_ms: int) -> int:
         """Drop the counters of minutes that are over, once told, and those that wait for too long.
 
-        Answers how many refusals were dropped that nobody was told of.
+        ``same_until_ms``: until then Redis is known to have lost nothing, so what it was told ``TOLD_KEPT_MS`` before
+        is safe. Answers how many refusals were dropped that nobody was told of.
         """
         over = [
             (identity, group)
             for identity, group in self._groups.items()
             if group.tally.minute_ms < minute_of(now_ms)
-            and (group.told == group.count or group.tally.minute_ms < now_ms - UNTOLD_KEPT_MS)
+            and (group.is_safe(same_until_ms) or group.tally.minute_ms < now_ms - UNTOLD_KEPT_MS)
         ]
         for identity, group in over:
             del self._groups[identity]

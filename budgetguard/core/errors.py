@@ -6,6 +6,8 @@
     ├── AlreadyExistsError        the id is taken
     ├── EtagMismatchError         somebody else changed it since it was read
     ├── OperationChangedError     it was corrected, or ended otherwise, since its end was read
+    ├── DeadEventResolvedError    it was ended the other way already
+    ├── DeadEventRefusedError     it still cannot become a ledger row
     ├── RequestIdReusedError      the same request_id came with another request
     ├── AdminKeyError             no admin key, or a wrong one
     ├── NotPublishedError         stored, but the data plane does not know it yet
@@ -29,6 +31,8 @@ class AdminReason(StrEnum):
     RESOURCE_ALREADY_EXISTS = "RESOURCE_ALREADY_EXISTS"
     ETAG_MISMATCH = "ETAG_MISMATCH"
     OPERATION_CHANGED = "OPERATION_CHANGED"
+    DEAD_EVENT_RESOLVED = "DEAD_EVENT_RESOLVED"
+    DEAD_EVENT_REFUSED = "DEAD_EVENT_REFUSED"
     REQUEST_ID_REUSED = "REQUEST_ID_REUSED"
     ADMIN_KEY_MISSING = "ADMIN_KEY_MISSING"
     ADMIN_KEY_WRONG = "ADMIN_KEY_WRONG"
@@ -136,6 +140,35 @@ class OperationChangedError(DomainError):
             "read its rows in the ledger and, if it is still wrong, correct it again",
             reason=AdminReason.OPERATION_CHANGED,
             resource=("operation", operation_id),
+        )
+
+
+class DeadEventResolvedError(DomainError):
+    """A dead event has one end, and it has another one already."""
+
+    grpc_code = "ABORTED"
+
+    def __init__(self, dead_event_id: str, *, state: str) -> None:
+        super().__init__(
+            f"dead event {dead_event_id!r} is {state} already, which nothing changes any more",
+            reason=AdminReason.DEAD_EVENT_RESOLVED,
+            resource=("dead event", dead_event_id),
+            state=state,
+        )
+
+
+class DeadEventRefusedError(DomainError):
+    """A dead event was retried before its cause was mended. It stands as it did."""
+
+    grpc_code = "FAILED_PRECONDITION"
+
+    def __init__(self, dead_event_id: str, *, error: str) -> None:
+        super().__init__(
+            f"dead event {dead_event_id!r} still cannot become a ledger row ({error}): "
+            "mend the cause and retry it, or discard it",
+            reason=AdminReason.DEAD_EVENT_REFUSED,
+            resource=("dead event", dead_event_id),
+            error=error,
         )
 
 

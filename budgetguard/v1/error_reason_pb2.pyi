@@ -108,6 +108,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """503: An admin call while Postgres is down; sent again later (a create: with its request_id) it does no harm."""
     ERROR_REASON_OPERATION_CHANGED: _ErrorReason.ValueType  # 109
     """409: Two corrections of one operation at once, to $1 and to $2: the second to come is told to read and decide again."""
+    ERROR_REASON_DEAD_EVENT_RESOLVED: _ErrorReason.ValueType  # 110
+    """409: POST /admin/usage/deadevents/17-1750000000000-0/retry of one that was discarded; metadata: its state."""
+    ERROR_REASON_DEAD_EVENT_REFUSED: _ErrorReason.ValueType  # 111
+    """400: POST /admin/usage/deadevents/17-1750000000000-0/retry while no version of BudgetGuard that runs can read it, or
+    the database still refuses it; metadata: the error. It stands as it did.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """Why a call failed: `reason` of google.rpc.ErrorInfo (domain "budgetguard", without the prefix ERROR_REASON_) for
@@ -200,4 +206,10 @@ ERROR_REASON_DEPENDENCY_UNAVAILABLE: ErrorReason.ValueType  # 108
 """503: An admin call while Postgres is down; sent again later (a create: with its request_id) it does no harm."""
 ERROR_REASON_OPERATION_CHANGED: ErrorReason.ValueType  # 109
 """409: Two corrections of one operation at once, to $1 and to $2: the second to come is told to read and decide again."""
+ERROR_REASON_DEAD_EVENT_RESOLVED: ErrorReason.ValueType  # 110
+"""409: POST /admin/usage/deadevents/17-1750000000000-0/retry of one that was discarded; metadata: its state."""
+ERROR_REASON_DEAD_EVENT_REFUSED: ErrorReason.ValueType  # 111
+"""400: POST /admin/usage/deadevents/17-1750000000000-0/retry while no version of BudgetGuard that runs can read it, or
+the database still refuses it; metadata: the error. It stands as it did.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

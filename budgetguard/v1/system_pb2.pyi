@@ -133,7 +133,7 @@ class PostgresHealth(_message.Message):
     default_partition_rows: _builtins.int
     """Ledger rows that fell into the default partition because their month has none: 0 unless partitions are late."""
     dead_events: _builtins.int
-    """Usage events that could not become ledger rows and were put aside."""
+    """Usage events that could not become ledger rows and that nobody has retried or discarded yet: see DeadEventService."""
     def __init__(
         self,
         *,

@@ -68,7 +68,9 @@ class LedgerWriter:
         self._metrics.rows.inc(inserted.rows)
         if inserted.dead:
             self._metrics.dead.inc(inserted.dead)
-            logger.error("alarm=dead_events count=%d: usage that is in no ledger row; see dead_events", inserted.dead)
+            logger.error(
+                "alarm=dead_events count=%d: usage that is in no ledger row; see DeadEventService", inserted.dead
+            )
         shards = sorted({shard for shard, _, _ in entries})
         for shard in shards:
             await self.events.ack(shard, [event_id for owner, event_id, _ in entries if owner == shard])

@@ -82,6 +82,19 @@ async def empty_database(postgres_server: EmbeddedPostgres) -> AsyncIterator[Tes
 
 
 @pytest.fixture
+async def unicode_database(postgres_server: EmbeddedPostgres) -> AsyncIterator[Database]:
+    """A pool to a migrated database whose own lower() knows all of Unicode, as those of most servers do."""
+    name = f"unicode_{os.getpid()}_{next(_numbers)}"
+    locale = "ENCODING 'UTF8' LOCALE_PROVIDER builtin BUILTIN_LOCALE 'C.UTF-8'"
+    await _execute(postgres_server, f"CREATE DATABASE {name} TEMPLATE template0 {locale}")
+    await migrate(postgres_server.url(database=name))
+    pool = await open_database(postgres_server.url(database=name, user=APP_ROLE))
+    yield pool
+    await pool.close()
+    await _execute(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
 async def database(migrated_database: TestDatabase) -> AsyncIterator[Database]:
     """A pool as the programs have it, in the programs' role."""
     pool = await open_database(migrated_database.app_url)

@@ -39,7 +39,11 @@ async def check_subject(connection: Connection, tenant_id: str, draft: BudgetDra
 
 async def _has_price(connection: Connection, model: str) -> bool:
     """Whether calls of this model are admitted, now or from a time on that a price row names."""
-    query = "SELECT true FROM prices WHERE lower(model) = lower($1) AND (ends_at > now()) IS NOT false LIMIT 1"
+    # Caseless as calls are: core/pricing.py's caseless(), whatever the database's own collation takes for one letter.
+    query = """
+        SELECT true FROM prices
+        WHERE lower(model COLLATE "C") = lower($1::text COLLATE "C") AND (ends_at > now()) IS NOT false LIMIT 1
+    """
     if await connection.fetchval(query, model):
         return True
     at: datetime = await connection.fetchval("SELECT now()")

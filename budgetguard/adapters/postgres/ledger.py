@@ -9,6 +9,8 @@ import asyncpg
 import orjson
 
 from budgetguard.adapters.postgres.pool import Connection, Database, fetch_within, moment
+from budgetguard.adapters.redis.keys import shard_of
+from budgetguard.core.dead_events import tenant_told
 from budgetguard.core.events import UsageEvent, entry_order
 from budgetguard.core.operation import End, OperationFacts
 from budgetguard.core.snapshot import SubjectKind
@@ -86,6 +88,23 @@ _INSERT_FORGOTTEN = f"""
     ON CONFLICT DO NOTHING
 """
 
+# One that was put aside, after others of the operation may have come: its cost is what the last word says, and what
+# the rows lack of that is this one's. It is a row in any case, so that the stream can never bring it again.
+_INSERT_LATE = f"""
+    INSERT INTO usage_ledger ({_NAMES})
+    SELECT {_CASTS.replace("delta_nanos", "coalesce(last_nanos, amount_nanos) - cost_nanos", 1)}
+    FROM unnest({_ARRAYS}) AS event ({_NAMES}), LATERAL (
+        SELECT coalesce(sum(row.delta_nanos), 0)::bigint AS cost_nanos
+        FROM usage_ledger AS row WHERE row.held_at = event.held_at AND row.operation_id = event.operation_id
+    ) AS standing LEFT JOIN LATERAL (
+        SELECT row.amount_nanos AS last_nanos FROM usage_ledger AS row
+        WHERE row.held_at = event.held_at AND row.operation_id = event.operation_id
+            AND (row.rank > event.rank OR (row.rank = event.rank AND (row.rank < 4 OR row.sequence >= event.sequence)))
+        ORDER BY row.rank DESC, row.sequence DESC LIMIT 1
+    ) AS later ON true
+    ON CONFLICT DO NOTHING
+"""
+
 # Locks the shard's position until the commit, so two workers never write one shard's rows at the same time, and a
 # forgotten operation's sum cannot miss a row. The position never goes back.
 _MOVE_POSITION = """
@@ -124,7 +143,7 @@ ERROR_CHARACTERS_MAX = 500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inserted:
-    """What became of some events: new rows, and those that cannot be rows and were put aside."""
+    """What became of some events: new rows, and those that cannot be rows and were put aside now."""
 
     rows: int
     dead: int
@@ -166,7 +185,7 @@ class LedgerRepository:
         Raises:
             DependencyUnavailableError: Postgres does not answer; the same deliveries may be given again.
         """
-        rows, refused = 0, list(dead)
+        rows, put_aside, refused = 0, 0, list(dead)
         async with self._database.transaction() as connection:
             await _move_positions(
                 connection, [*((s, i) for s, i, _ in deliveries), *((d.shard, d.event_id) for d in dead)]
@@ -175,8 +194,9 @@ class LedgerRepository:
                 added, wrong = await _insert(connection, list(run), looks_first=looks_first)
                 rows += added
                 refused += wrong
-            await _put_aside(connection, refused)
-        return Inserted(rows=rows, dead=len(refused))
+            if refused:
+                put_aside = await _put_aside(connection, refused)
+        return Inserted(rows=rows, dead=put_aside)
 
     async def positions(self) -> dict[int, tuple[int, int]]:
         """Return the newest stream entry that Postgres has of each shard, as (ms, sequence)."""
@@ -239,15 +259,27 @@ class LedgerRepository:
         )
 
     async def alarms(self) -> dict[str, int]:
-        """Count what should not be: rows in the DEFAULT partition, events put aside."""
+        """Count what should not be: rows in the DEFAULT partition, events put aside that nobody has ended."""
         async with self._database.transaction() as connection:
             row = await connection.fetchrow(
                 """
                 SELECT (SELECT count(*) FROM usage_ledger_default) AS default_partition_rows,
-                    (SELECT count(*) FROM dead_events) AS dead_events
+                    (SELECT count(*) FROM dead_events WHERE state = 'STANDING') AS dead_events
                 """
             )
         return dict(row)
+
+
+async def insert_late(connection: Connection, delivery: Delivery) -> str:
+    """Write an event that was put aside. Says why Postgres still refuses it; empty: it is written, or was before."""
+    shard, event_id, _ = delivery
+    # For its lock: nobody else writes a row of this operation meanwhile.
+    await _move_positions(connection, [(shard, event_id)])
+    try:
+        await _insert_all(connection, _INSERT_LATE, [delivery])
+    except _POISON as error:
+        return _refused(error)
+    return ""
 
 
 async def _move_positions(connection: Connection, entries: Sequence[tuple[int, str]]) -> None:
@@ -274,15 +306,15 @@ async def _insert(
     if not looks_first:
         try:
             return await _insert_all(connection, _INSERT, deliveries), []
-        except _POISON:
+        except _POISON as error:
             if len(deliveries) == 1:
-                return 0, [_dead(deliveries[0])]
+                return 0, [_dead(deliveries[0], error)]
     rows, dead = 0, []
     for delivery in deliveries:
         try:
             rows += await _insert_all(connection, _INSERT_FORGOTTEN if looks_first else _INSERT, [delivery])
-        except _POISON:
-            dead.append(_dead(delivery))
+        except _POISON as error:
+            dead.append(_dead(delivery, error))
     return rows, dead
 
 
@@ -328,18 +360,37 @@ def _values(delivery: Delivery) -> tuple[Any, ...]:
     )
 
 
-def _dead(delivery: Delivery) -> DeadEvent:
+def _dead(delivery: Delivery, error: Exception) -> DeadEvent:
     shard, event_id, event = delivery
-    return DeadEvent(shard=shard, event_id=event_id, fields=event.to_fields(), error="refused by the ledger")
+    return DeadEvent(shard=shard, event_id=event_id, fields=event.to_fields(), error=_refused(error))
 
 
-async def _put_aside(connection: Connection, dead: Sequence[DeadEvent]) -> None:
-    await connection.executemany(
+def _refused(error: Exception) -> str:
+    # The kind of it, such as CheckViolationError: its text would quote the event.
+    return f"refused by the ledger: {type(error).__name__}"
+
+
+async def _put_aside(connection: Connection, dead: Sequence[DeadEvent]) -> int:
+    """Keep events for a person to judge, and whose they are: of a tenant that there is, in that tenant's shard.
+
+    One that has been put aside before stays as it is, also one that was ended. Answers how many were not.
+    """
+    told = [tenant_told(event.fields) for event in dead]
+    status: str = await connection.execute(
         """
-        INSERT INTO dead_events (shard, event_id, fields, error) VALUES ($1, $2, $3, $4) ON CONFLICT DO NOTHING
+        INSERT INTO dead_events (shard, event_id, fields, error, tenant_id)
+        SELECT shard, event_id, fields, error, coalesce(tenants.tenant_id, '')
+        FROM unnest($1::smallint[], $2::text[], $3::bytea[], $4::text[], $5::text[])
+            AS event (shard, event_id, fields, error, told) LEFT JOIN tenants ON tenants.tenant_id = event.told
+        ON CONFLICT DO NOTHING
         """,
+        [event.shard for event in dead],
+        [event.event_id for event in dead],
+        [orjson.dumps(dict(event.fields)) for event in dead],
+        [event.error[:ERROR_CHARACTERS_MAX] for event in dead],
         [
-            (event.shard, event.event_id, orjson.dumps(dict(event.fields)), event.error[:ERROR_CHARACTERS_MAX])
-            for event in dead
+            tenant_id if tenant_id and shard_of(tenant_id) == event.shard else ""
+            for tenant_id, event in zip(told, dead, strict=True)
         ],
     )
+    return int(status.rpartition(" ")[2])

@@ -71,10 +71,22 @@ class LedgerSums:
             )
         return (0, 0) if row is None else (row["stream_ms"], row["stream_sequence"])
 
-    async def has_dead_events(self, shard: int) -> bool:
-        """Whether events of a shard are in no row, so that its counters may rightly have more than the ledger."""
+    async def has_dead_events(self, tenant_id: str, *, shard: int) -> bool:
+        """Whether usage of a tenant may be in no row, so that its counters may rightly have more than the ledger.
+
+        Usage of its shard that does not tell whose it is may be its own.
+        """
         async with self._database.transaction() as connection:
-            return bool(await connection.fetchval("SELECT EXISTS (SELECT FROM dead_events WHERE shard = $1)", shard))
+            found = await connection.fetchval(
+                """
+                SELECT EXISTS (
+                    SELECT FROM dead_events WHERE shard = $1 AND state = 'STANDING' AND tenant_id IN ($2, '')
+                )
+                """,
+                shard,
+                tenant_id,
+            )
+        return bool(found)
 
 
 def _spent_query(

@@ -129,3 +129,13 @@ class Epoch:
         if info_field(persistence, "aof_enabled") != "1":
             faults.append("appendonly is off: Redis would forget every hold and undrained event when restarted")
         return tuple(faults)
+
+
+async def incarnation_of(redis: RedisClient) -> str | None:
+    """Say which Redis this is: another process, or another one's data, is another one. ``None``: not known yet.
+
+    Raises:
+        CountersUnavailableError: it does not answer.
+    """
+    info, data = await redis.pipeline([("INFO", "server"), ("GET", keys.incarnation())])
+    return f"{run_id_of(info)} {data}" if data else None

@@ -18,7 +18,7 @@ from budgetguard.core.errors import (
     RequestIdReusedError,
 )
 from budgetguard.core.money import COUNTER_NANOS_MAX
-from budgetguard.core.pricing import PriceOverride
+from budgetguard.core.pricing import PriceOverride, caseless
 from budgetguard.core.snapshot import Mode, SubjectKind, WindowKind
 
 
@@ -381,6 +381,34 @@ async def test_a_budget_is_for_what_calls_can_be_of(budgets, database, provider)
             with pytest.raises(InvalidError) as invalid:
                 await budgets.set_many(drafts, actor="a", tenant_id="acme")
             assert [v.field for v in invalid.value.violations] == [f"budgets[1].{field}"]
+
+
+# The Kelvin sign, and letters that Unicode has in two cases: to calls these are other names.
+@pytest.mark.parametrize(
+    ("priced", "same", "others"),
+    [
+        ("Our-K", ["our-k", "OUR-K"], ["our-\u212a"]),
+        ("our-\u212a", ["OUR-\u212a"], ["our-k", "our-K"]),
+        ("\u0130ris", ["\u0130RIS"], ["iris", "i\u0307ris"]),
+        ("\u00e9lan", ["\u00e9LAN"], ["\u00c9LAN"]),
+    ],
+)
+async def test_a_models_price_is_found_by_the_case_of_ascii_letters_only(unicode_database, priced, same, others):
+    await TenantRepository(unicode_database).create(actor="a", tenant_id="acme", name="acme")
+    catalog, budgets = CatalogRepository(unicode_database), BudgetRepository(unicode_database)
+    await catalog.put_provider(
+        Provider(provider_id="openai", kind="openai", base_url="https://a.example", api_key_env="A"), actor="a"
+    )
+    usd = {"input_tokens": Decimal(1), "output_tokens": Decimal(1)}
+    await catalog.put_price(PriceOverride("p", "openai", priced, usd), actor="a")
+    for number, model in enumerate([priced, *same, *others]):
+        # The rule of core, by which calls are admitted.
+        assert (caseless(model) == caseless(priced)) == (model not in others)
+        if model in others:
+            with pytest.raises(InvalidError):
+                await create(budgets, f"b{number}", subject_kind=SubjectKind.MODEL, subject=model)
+        else:
+            await create(budgets, f"b{number}", subject_kind=SubjectKind.MODEL, subject=model)
 
 
 async def test_a_budget_that_is_there_can_be_set_again_when_its_model_is_gone(budgets, database, provider):

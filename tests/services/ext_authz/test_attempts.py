@@ -2,13 +2,17 @@
 
 import asyncio
 import json
+import shutil
 import time
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from budgetguard.adapters.redis import keys
-from budgetguard.adapters.redis.client import CountersUnavailableError, RedisReplyError
+from budgetguard.adapters.redis.client import CountersUnavailableError, RedisClient, RedisReplyError
+from budgetguard.adapters.redis.epoch import incarnation_of
 from budgetguard.adapters.redis.refusals import Refusals, tally_of
 from budgetguard.core import attempt_counts
 from budgetguard.core.api_key import format_api_key
@@ -18,6 +22,7 @@ from budgetguard.core.snapshot import KeyStatus, Status, TagSpec
 from ext_authz import attempts as module
 from ext_authz.attempts import RefusalLog, Seen
 from tests.plugins.redis_calls import a_budget
+from tests.plugins.redis_server import sign_off_all
 from tests.services.ext_authz.test_check import BODY, KEY, KEY_ID, RECORD, TENANT
 
 ACME = keys.shard_of("acme")
@@ -141,8 +146,12 @@ class Down:
         return await self.refusals.refuse(report)
 
 
-def a_log(store, *, now_ms=lambda: time.time_ns() // 1_000_000):
-    return RefusalLog(store, source="q", now_ms=now_ms)
+async def the_same_one():
+    return "same"
+
+
+def a_log(store, *, now_ms=lambda: time.time_ns() // 1_000_000, incarnation=the_same_one):
+    return RefusalLog(store, source="q", incarnation=incarnation, now_ms=now_ms)
 
 
 def record(log, bench, times=1, *, reason=Reason.BUDGET_EXCEEDED):
@@ -219,6 +228,100 @@ async def test_what_cannot_be_kept_is_dropped_and_said(bench, monkeypatch, caplo
     telling.cancel()
     bench.refusals = log
     assert (await recorded(bench))[1] == {"BUDGET_EXCEEDED": 2}
+
+
+async def counts_in(refusals) -> list[str]:
+    return [
+        value for waiting in await refusals.waiting([ACME], rows=99, counts=99) for value in waiting.counts.values()
+    ]
+
+
+async def test_a_redis_that_came_back_older_is_told_the_last_counts_again(own_redis_server, bench, monkeypatch):
+    """It was killed before its append-only file had them, and before anybody had drained them."""
+    monkeypatch.setattr(module, "TELL_EVERY_SECONDS", 0.001)
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(module, "WATCH_EVERY_MS", 0)
+    await own_redis_server.wait_until_ready()
+    redis = RedisClient(own_redis_server.url, timeout_seconds=1)
+    await sign_off_all(redis)
+    await own_redis_server.wait_until_written()
+    older = own_redis_server.folder.with_name(f"{own_redis_server.folder.name}-older")
+    shutil.copytree(own_redis_server.folder, older, ignore=shutil.ignore_patterns("*.sock"))
+    refusals = Refusals(redis)
+    log = a_log(refusals, incarnation=partial(incarnation_of, redis))
+    telling = asyncio.create_task(log.keep_telling())
+    try:
+        record(log, bench, 12)
+        async with asyncio.timeout(20):
+            while not await counts_in(refusals):  # noqa: ASYNC110 - Redis has no event for it
+                await asyncio.sleep(0.001)
+            own_redis_server.kill()
+            shutil.copytree(older, own_redis_server.folder, dirs_exist_ok=True)
+            own_redis_server.start()
+            await own_redis_server.wait_until_ready()
+            while not await counts_in(refusals):  # noqa: ASYNC110 - likewise
+                await asyncio.sleep(0.001)
+        assert await counts_in(refusals) == ["12"]
+    finally:
+        telling.cancel()
+        await asyncio.wait([telling])
+        await redis.close()
+        shutil.rmtree(older, ignore_errors=True)
+
+
+class Clocked:
+    """A log whose clock and whose Redis' name are as the test says."""
+
+    def __init__(self, store) -> None:
+        self.now_ms = 1_750_000_020_000
+        self.incarnation: str | None = "one"
+        self.log = a_log(store, now_ms=lambda: self.now_ms, incarnation=self.ask)
+
+    async def ask(self):
+        if self.incarnation == "away":
+            raise CountersUnavailableError("away")
+        return self.incarnation
+
+    async def round(self, seconds=1) -> None:
+        """What the loop does, some time later."""
+        self.now_ms += seconds * 1000
+        with suppress(CountersUnavailableError):
+            await self.log.watch()
+            await self.log.tell()
+        self.log._drop(self.log._gathering.forget(self.now_ms, same_until_ms=self.log._known_at_ms))
+
+
+@pytest.mark.parametrize("meanwhile", [[], ["one"], ["away"], [None], ["away", None]])
+async def test_counts_that_a_lost_redis_had_are_told_again_once(bench, caplog, meanwhile):
+    clocked = Clocked(bench.recorded)
+    await clocked.round()
+    record(clocked.log, bench, 3)
+    await clocked.round()
+    assert await counts_in(bench.recorded) == ["3"]
+    await bench.redis.command("FLUSHALL")
+    # However long it is away, or nobody knows yet which one it is.
+    for clocked.incarnation in meanwhile:
+        await clocked.round(seconds=9 if clocked.incarnation == "one" else 200)
+    clocked.incarnation = "another"
+    await clocked.round()
+    assert await counts_in(bench.recorded) == ["3"]
+    assert "telling 1 counts of refusals again" in caplog.text
+    await bench.redis.command("FLUSHALL")
+    await clocked.round()
+    assert await counts_in(bench.recorded) == []
+    assert clocked.log._dropped == 0
+
+
+async def test_while_redis_is_the_same_nothing_is_told_again_and_safe_counts_are_forgotten(bench):
+    clocked = Clocked(bench.recorded)
+    await clocked.round()
+    record(clocked.log, bench, 3)
+    await clocked.round()
+    await bench.redis.command("FLUSHALL")
+    for _ in range(70):
+        await clocked.round()
+    assert clocked.log._gathering.tell_again() == 0
+    assert await counts_in(bench.recorded) == []
 
 
 async def test_what_is_left_at_the_end_is_told(bench):

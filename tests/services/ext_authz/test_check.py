@@ -6,12 +6,14 @@ import json
 import time
 from dataclasses import replace
 from decimal import Decimal
+from functools import partial
 
 import pytest
 
 from budgetguard.adapters.prices import PriceBook
 from budgetguard.adapters.redis.client import CountersUnavailableError, RedisClient
 from budgetguard.adapters.redis.counters import Counters
+from budgetguard.adapters.redis.epoch import incarnation_of
 from budgetguard.adapters.redis.refusals import Refusals
 from budgetguard.core.api_key import format_api_key, hash_secret
 from budgetguard.core.catalog import Catalog, ProviderSpec
@@ -77,7 +79,9 @@ class Bench:
         self.calls = 0
         self.large_bodies = LargeBodies()
         self.recorded = Refusals(redis)
-        self.refusals = RefusalLog(self.recorded, source="p", now_ms=self.now_ms)
+        self.refusals = RefusalLog(
+            self.recorded, source="p", incarnation=partial(incarnation_of, redis), now_ms=self.now_ms
+        )
         self.checker = self.make()
 
     def make(self, *, counters=None, failures=CLOSED, now_ms=None, is_metered=lambda: True) -> Checker:

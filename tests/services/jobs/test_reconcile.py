@@ -8,22 +8,27 @@ import orjson
 import pytest
 
 from budgetguard.adapters.postgres.audit_trail import AuditTrail
+from budgetguard.adapters.postgres.dead_events import DeadEventRepository
 from budgetguard.adapters.postgres.ledger_activity import LedgerActivity
 from budgetguard.adapters.postgres.ledger_reader import LedgerReader
 from budgetguard.adapters.postgres.refusals import RefusalRepository
 from budgetguard.adapters.postgres.tags import TagRepository
 from budgetguard.adapters.redis import keys
+from budgetguard.adapters.redis.client import CountersUnavailableError
 from budgetguard.core.attempt_counts import Tally
 from budgetguard.core.budget import Refusal, Reserved
 from budgetguard.core.counter import counter_name
+from budgetguard.core.dead_events import DeadEventFilter
 from budgetguard.core.entities import Provider
 from budgetguard.core.errors import DependencyUnavailableError
 from budgetguard.core.operation import End
 from budgetguard.core.reasons import Reason
 from budgetguard.core.snapshot import SubjectKind, WindowKind
 from budgetguard.core.window import bounds
+from budgetguard.v1 import dead_event_pb2
 from control_plane.corrections import Corrections
 from control_plane.jobs.reconcile_counters import SWEEP_COUNT, ReconcileCounters
+from control_plane.services.dead_events import DeadEventService
 from tests.plugins.redis_calls import a_reserve, a_settlement, the_handoff
 from tests.plugins.usage_events import a_delivery
 from tests.services.jobs.conftest import KEY_ID, now_ms
@@ -403,6 +408,122 @@ async def test_what_may_be_usage_that_no_row_has_is_not_taken_from_a_counter(pla
     await plane.redis.command("HINCRBY", name, "spent", -1030)
     assert (await plane.reconciler.compare("acme")).drifted == 1
     assert await plane.counted() == {"acme-month": (60, 0)}
+
+
+def a_neighbour() -> str:
+    """Another tenant of the same shard."""
+    names = (f"tenant-{number}" for number in range(10_000))
+    return next(name for name in names if keys.shard_of(name) == keys.shard_of("acme"))
+
+
+async def lose_usage(plane, **fields):
+    """Bring an event into acme's stream that nobody can read."""
+    given = [part for pair in fields.items() for part in pair]
+    await plane.redis.command("XADD", keys.usage(keys.shard_of("acme")), "*", *given)
+
+
+async def test_a_dead_event_keeps_back_the_counters_of_its_tenant_and_of_no_other(plane):
+    neighbour = a_neighbour()
+    await plane.make_tenant()
+    await plane.make_tenant(neighbour, key_id="n" * 16)
+    await plane.call("op-1", 60)
+    await plane.call("op-2", 60, tenant_id=neighbour, key_id="n" * 16)
+    await lose_usage(plane, facts='{"tenant_id":"acme","unheard-of":1}')
+    await drain_all(plane)
+    for name in await plane.redis.command("KEYS", "*:counter:*"):
+        await plane.redis.command("HINCRBY", name, "spent", 1000)
+    for tenant_id in ("acme", neighbour):
+        await plane.reconciler.compare(tenant_id)
+    assert await plane.counted() == {"acme-month": (1060, 0)}
+    assert await plane.counted(neighbour) == {f"{neighbour}-month": (60, 0)}
+
+
+async def test_a_dead_event_that_does_not_tell_its_tenant_keeps_back_the_shard_until_it_is_discarded(plane):
+    neighbour = a_neighbour()
+    await plane.make_tenant()
+    await plane.make_tenant(neighbour, key_id="n" * 16)
+    await plane.call("op-1", 60)
+    await plane.call("op-2", 60, tenant_id=neighbour, key_id="n" * 16)
+    await lose_usage(plane, facts='{"tenant_id":"nobody"}')
+    await drain_all(plane)
+    for name in await plane.redis.command("KEYS", "*:counter:*"):
+        await plane.redis.command("HINCRBY", name, "spent", 1000)
+    for tenant_id in ("acme", neighbour):
+        await plane.reconciler.compare(tenant_id)
+        assert await plane.counted(tenant_id) == {f"{tenant_id}-month": (1060, 0)}
+    dead_events = DeadEventRepository(plane.database)
+    (dead,) = (await dead_events.list(DeadEventFilter())).items
+    await dead_events.discard(dead.dead_event_id, reason="no usage", actor="a")
+    for tenant_id in ("acme", neighbour):
+        await plane.reconciler.compare(tenant_id)
+        assert await plane.counted(tenant_id) == {f"{tenant_id}-month": (60, 0)}
+
+
+@pytest.mark.parametrize("end", ["retry", "discard"])
+async def test_an_end_of_a_dead_event_brings_the_counters_to_the_ledger_without_an_alarm(plane, owner, end):
+    await plane.make_tenant()
+    await plane.call("op-1", 60)
+    await drain_all(plane)
+    await owner.execute("ALTER TABLE usage_ledger ADD CONSTRAINT refusing CHECK (operation_id <> 'op-2') NOT VALID")
+    await plane.call("op-2", 40)
+    await drain_all(plane)
+    await plane.reconciler.compare("acme")
+    assert (await plane.counted(), await plane.in_ledger()) == ({"acme-month": (100, 0)}, 60)
+    await owner.execute("ALTER TABLE usage_ledger DROP CONSTRAINT refusing")
+    dead_events = DeadEventRepository(plane.database)
+    (dead,) = (await dead_events.list(DeadEventFilter(tenant_id="acme"))).items
+    service = DeadEventService(events=dead_events, counting=plane.reconciler)
+    for _ in range(2):
+        if end == "retry":
+            request = dead_event_pb2.RetryDeadEventRequest(dead_event_id=dead.dead_event_id)
+            await service.RetryDeadEvent(request, None)
+        else:
+            request = dead_event_pb2.DiscardDeadEventRequest(dead_event_id=dead.dead_event_id, reason="free of charge")
+            await service.DiscardDeadEvent(request, None)
+    expected = 100 if end == "retry" else 60
+    assert (await plane.counted(), await plane.in_ledger()) == ({"acme-month": (expected, 0)}, expected)
+    assert (await plane.reconciler.compare("acme")).drifted == 0
+    assert await audited(owner) == []
+
+
+async def test_an_end_that_was_cut_off_before_the_counters_followed_is_sent_again(plane, owner):
+    await plane.make_tenant()
+    await owner.execute("ALTER TABLE usage_ledger ADD CONSTRAINT refusing CHECK (operation_id <> 'op-1') NOT VALID")
+    await plane.call("op-1", 40)
+    await drain_all(plane)
+
+    class Away:
+        async def follow(self, tenant_id):
+            raise CountersUnavailableError("away")
+
+    dead_events = DeadEventRepository(plane.database)
+    (dead,) = (await dead_events.list(DeadEventFilter())).items
+    request = dead_event_pb2.DiscardDeadEventRequest(dead_event_id=dead.dead_event_id, reason="free of charge")
+    with pytest.raises(CountersUnavailableError):
+        await DeadEventService(events=dead_events, counting=Away()).DiscardDeadEvent(request, None)
+    assert await plane.counted() == {"acme-month": (40, 0)}
+    await DeadEventService(events=dead_events, counting=plane.reconciler).DiscardDeadEvent(request, None)
+    assert await plane.counted() == {"acme-month": (0, 0)}
+
+
+async def test_usage_that_is_retried_while_counters_are_compared_is_not_taken_from_them(plane, owner, monkeypatch):
+    await plane.make_tenant()
+    await owner.execute("ALTER TABLE usage_ledger ADD CONSTRAINT refusing CHECK (operation_id <> 'op-1') NOT VALID")
+    await plane.call("op-1", 40)
+    await drain_all(plane)
+    await owner.execute("ALTER TABLE usage_ledger DROP CONSTRAINT refusing")
+    dead_events = DeadEventRepository(plane.database)
+    (dead,) = (await dead_events.list(DeadEventFilter())).items
+    spent = plane.sums.spent
+
+    async def retried_after(*arguments, **named):
+        summed = await spent(*arguments, **named)
+        await dead_events.retry(dead.dead_event_id, actor="a")
+        return summed
+
+    monkeypatch.setattr(plane.sums, "spent", retried_after)
+    await plane.reconciler.compare("acme")
+    assert await plane.counted() == {"acme-month": (40, 0)}
 
 
 async def test_a_late_correction_of_what_redis_forgot_reaches_the_counters(plane):
