@@ -16,7 +16,7 @@ from budgetguard.core.pricing import PriceUnknownError
 from budgetguard.core.providers import DEFAULT_API, REGISTRY, InvalidRequestError, ProviderApi, RequestFacts, find_api
 from budgetguard.core.quoting import Remedy, Standing, remedy, verdict
 from budgetguard.core.reasons import Deny, Reason
-from budgetguard.core.refusals import deny_of
+from budgetguard.core.refusals import COUNTERS_NOT_READY, deny_of
 from budgetguard.core.snapshot import BudgetSpec, SubjectKind
 from budgetguard.core.window import bounds
 from budgetguard.v1 import quote_pb2, quote_pb2_grpc
@@ -68,7 +68,7 @@ class QuoteService(quote_pb2_grpc.QuoteServiceServicer):
         asked, plan = self._reserve(caller, api, facts)
         standing = await self._standings.read(asked)
         if not standing.ready:
-            raise DeniedError(Deny(Reason.COUNTERS_NOT_READY))
+            raise DeniedError(COUNTERS_NOT_READY)
         answer = verdict(asked, standing)
         message = quote_pb2.QuoteResponse(
             cost_min_usd=format_usd(asked.input_nanos),
@@ -117,7 +117,7 @@ class QuoteService(quote_pb2_grpc.QuoteServiceServicer):
         ]
         counted = await self._standings.counted(facts.tenant_id, [limit.counter for limit in limits])
         if counted is None:
-            raise DeniedError(Deny(Reason.COUNTERS_NOT_READY))
+            raise DeniedError(COUNTERS_NOT_READY)
         specs = {spec.budget_id: spec for spec in caller.tenant.budgets}
         return quote_pb2.ListOwnBudgetsResponse(
             budgets=[

@@ -9,7 +9,6 @@ from budgetguard.adapters.redis import keys
 from budgetguard.adapters.redis.client import RedisClient
 from budgetguard.adapters.redis.counters import Counters
 from budgetguard.adapters.redis.epoch import Epoch
-from budgetguard.adapters.redis.standing import StandingReader
 from budgetguard.core.api_key import format_api_key, hash_secret, parse_api_key
 from budgetguard.core.snapshot import KeySnapshot
 from control_plane.callers import Callers
@@ -39,8 +38,8 @@ async def told(callers) -> str:
     return caller.key.key_id
 
 
-def callers_of(redis, readiness=None) -> Callers:
-    return Callers(Counters(redis), readiness=readiness or StandingReader(redis), now_ms=lambda: NOW_MS)
+def callers_of(redis) -> Callers:
+    return Callers(Counters(redis), now_ms=lambda: NOW_MS)
 
 
 async def test_a_key_is_unknown_only_where_all_records_are(ready_redis):
@@ -58,18 +57,6 @@ async def test_a_key_without_its_tenant_s_record_is_not_revoked_until_all_record
     assert await told(callers_of(ready_redis)) == "API_KEY_REVOKED"
     await Epoch(ready_redis).begin_rebuild(keys.shard_of("acme"))
     assert await told(callers_of(ready_redis)) == "COUNTERS_NOT_READY"
-
-
-class Rebuilding(StandingReader):
-    """Redis loses its data and gets them back while a key is looked for: each look finds another generation."""
-
-    async def generation(self, tenant_id: str) -> str:
-        await Epoch(self._redis).sign_off(keys.shard_of(tenant_id), await Epoch(self._redis).run_id())
-        return await super().generation(tenant_id)
-
-
-async def test_records_that_are_lost_during_the_look_make_no_key_unknown(ready_redis):
-    assert await told(callers_of(ready_redis, Rebuilding(ready_redis))) == "COUNTERS_NOT_READY"
 
 
 async def test_after_a_flush_nobody_is_told_that_a_key_is_unknown_or_that_nothing_is_spent(rest, tenant_id, program):
