@@ -342,7 +342,7 @@ class ControlPlane:
         refusal_pb2_grpc.add_RefusalServiceServicer_to_server(RefusalService(refusals=self._refusals), server)
         quote_pb2_grpc.add_QuoteServiceServicer_to_server(
             QuoteService(
-                callers=Callers(self._counters, readiness=self._standings, now_ms=now_ms),
+                callers=Callers(self._counters, now_ms=now_ms),
                 prices=self.prices,
                 standings=self._standings,
                 now_ms=now_ms,

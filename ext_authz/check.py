@@ -23,8 +23,8 @@ from budgetguard.core.pricing import PriceUnknownError
 from budgetguard.core.providers import DEFAULT_API, ProviderApi, find_api
 from budgetguard.core.providers.api import InvalidRequestError, RequestFacts
 from budgetguard.core.reasons import Deny, Reason
-from budgetguard.core.refusals import deny_of
-from budgetguard.core.snapshot import KeySnapshot, TenantSnapshot
+from budgetguard.core.refusals import COUNTERS_NOT_READY, deny_of
+from budgetguard.core.snapshot import CallerRecords, KeySnapshot, TenantSnapshot
 from ext_authz.attempts import Seen
 from ext_authz.call import Admitted, IncomingCall, Refused, refuse
 from ext_authz.failures import Failure, Failures
@@ -156,7 +156,7 @@ class Checker:
         credentials = read_credentials(call.headers)
         if isinstance(credentials, Deny):
             return credentials
-        caller = await self._authenticate(call, credentials, seen, fresh=False)
+        caller = await self._authenticate(call, credentials, seen)
         if isinstance(caller, Deny):
             return caller
         request = await self._parse(call, api)
@@ -176,33 +176,40 @@ class Checker:
             seen.reserving.clear()
             if answer.kind is not Refusal.STALE:
                 return deny_of(answer)
-            caller = await self._authenticate(call, credentials, seen, fresh=True)
+            caller = await self._authenticate_for_sure(call, credentials, seen)
             if isinstance(caller, Deny):
                 return caller
         return self._failed(Failure.RECORDS, call, f"records of {credentials.key.tenant_id} kept changing")
 
-    async def _authenticate(
-        self, call: IncomingCall, credentials: Credentials, seen: Seen, *, fresh: bool
-    ) -> _Caller | Deny:
-        """Find who calls, and for whom. Refuse on fresh records only: a cached one may be older than a key or a tag."""
+    async def _authenticate(self, call: IncomingCall, credentials: Credentials, seen: Seen) -> _Caller | Deny:
+        """Find who calls, and for whom. A refusal needs more than a cached record, or that Redis has none."""
         presented = credentials.key
-        key = await self._records.key(tenant_id=presented.tenant_id, key_id=presented.key_id, fresh=fresh)
-        # Only for a known key: otherwise made-up tenants would each cost a second trip.
-        tenant = await self._records.tenant(presented.tenant_id, fresh=fresh) if key else None
+        found = await self._records.find(tenant_id=presented.tenant_id, key_id=presented.key_id)
+        caller = self._caller(call, credentials, found, seen)
+        return await self._authenticate_for_sure(call, credentials, seen) if isinstance(caller, Deny) else caller
+
+    async def _authenticate_for_sure(self, call: IncomingCall, credentials: Credentials, seen: Seen) -> _Caller | Deny:
+        presented = credentials.key
+        found = await self._records.find_for_sure(tenant_id=presented.tenant_id, key_id=presented.key_id)
+        return COUNTERS_NOT_READY if isinstance(found, NotReady) else self._caller(call, credentials, found, seen)
+
+    def _caller(self, call: IncomingCall, credentials: Credentials, found: CallerRecords, seen: Seen) -> _Caller | Deny:
+        tenant, key = found.tenant, found.key
         deny = authenticate(credentials, tenant=tenant, key=key, now_ms=self._now_ms())
         # Whoever knows the secret is known, also when the key is of no use any more.
         seen.key = None if deny and deny.reason is Reason.API_KEY_UNKNOWN else key
-        if deny is None and tenant is not None and key is not None:
-            context = self._contexts.read(
-                call.headers, tenant=tenant, key=key, not_utf8=call.not_utf8, repeated=call.repeated
-            )
-            seen.context = None if isinstance(context, Deny) else context
-            if not isinstance(context, Deny):
-                return _Caller(tenant=tenant, key=key, context=context)
-            deny = context
-        if fresh or key is None:
-            return deny or Deny(Reason.API_KEY_UNKNOWN)
-        return await self._authenticate(call, credentials, seen, fresh=True)
+        if deny is not None:
+            return deny
+        if tenant is None or key is None:
+            raise AssertionError("authenticate admits known ones only")
+        context = self._contexts.read(
+            call.headers, tenant=tenant, key=key, not_utf8=call.not_utf8, repeated=call.repeated
+        )
+        if isinstance(context, Deny):
+            seen.context = None
+            return context
+        seen.context = context
+        return _Caller(tenant=tenant, key=key, context=context)
 
     async def _parse(self, call: IncomingCall, api: ProviderApi) -> RequestFacts | Deny:
         if call.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):

@@ -4,7 +4,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-from budgetguard.core.snapshot import KeySnapshot, TenantSnapshot
+from budgetguard.core.budget import NotReady
+from budgetguard.core.snapshot import CallerRecords, KeySnapshot, TenantSnapshot
 
 # About 1 KB a unit; the least recently used leave first.
 TENANTS_WEIGHT_MAX = 100_000
@@ -15,13 +16,16 @@ Record = TypeVar("Record")
 
 
 class Snapshots(Protocol):
-    """Where records come from; both raise ``CountersUnavailableError``."""
+    """Where records come from; all raise ``CountersUnavailableError``."""
 
     async def load_tenant(self, tenant_id: str) -> TenantSnapshot | None:
-        """Return a tenant, ``None`` when there is none."""
+        """Return a tenant, ``None`` when there is none here."""
 
     async def load_key(self, tenant_id: str, key_id: str) -> KeySnapshot | None:
-        """Return an API key, ``None`` when there is none."""
+        """Return an API key, ``None`` when there is none here."""
+
+    async def load_records(self, tenant_id: str, key_id: str) -> CallerRecords | NotReady:
+        """Return both as they are for sure, ``NotReady`` while that cannot be known."""
 
 
 class _Recent(Generic[Key, Record]):
@@ -65,26 +69,33 @@ class Records:
         self._tenants: _Recent[str, TenantSnapshot] = _Recent(TENANTS_WEIGHT_MAX, weigh=weight_of)
         self._keys: _Recent[tuple[str, str], KeySnapshot] = _Recent(KEYS_MAX)
 
-    async def tenant(self, tenant_id: str, *, fresh: bool) -> TenantSnapshot | None:
-        """Return a tenant; ``fresh`` asks Redis whatever is cached."""
-        cached = None if fresh else self._tenants.get(tenant_id)
-        if cached is not None:
-            return cached
-        loaded = await self._snapshots.load_tenant(tenant_id)
-        if loaded is None:
+    async def find(self, *, tenant_id: str, key_id: str) -> CallerRecords:
+        """Return what is cached, else what Redis has now: enough to admit a call by, not to refuse one."""
+        key, tenant = self._keys.get((tenant_id, key_id)), self._tenants.get(tenant_id)
+        if key is not None and tenant is not None:
+            return CallerRecords(tenant=tenant, key=key)
+        key = key or await self._snapshots.load_key(tenant_id, key_id)
+        # Only for a known key: otherwise made-up tenants would each cost another trip.
+        if key is not None and tenant is None:
+            tenant = await self._snapshots.load_tenant(tenant_id)
+        found = CallerRecords(tenant=tenant if key else None, key=key)
+        self._keep(found, tenant_id=tenant_id, key_id=key_id)
+        return found
+
+    async def find_for_sure(self, *, tenant_id: str, key_id: str) -> CallerRecords | NotReady:
+        """Ask Redis whatever is cached; ``NotReady`` while it may have lost records, or have old ones."""
+        found = await self._snapshots.load_records(tenant_id, key_id)
+        if not isinstance(found, NotReady):
+            self._keep(found, tenant_id=tenant_id, key_id=key_id)
+        return found
+
+    def _keep(self, found: CallerRecords, *, tenant_id: str, key_id: str) -> None:
+        if found.key is None:
+            # Of such a key's tenant nothing was asked.
+            self._keys.drop((tenant_id, key_id))
+            return
+        self._keys.put((tenant_id, key_id), found.key)
+        if found.tenant is None:
             self._tenants.drop(tenant_id)
         else:
-            self._tenants.put(tenant_id, loaded)
-        return loaded
-
-    async def key(self, *, tenant_id: str, key_id: str, fresh: bool) -> KeySnapshot | None:
-        """Return an API key; ``fresh`` asks Redis whatever is cached."""
-        cached = None if fresh else self._keys.get((tenant_id, key_id))
-        if cached is not None:
-            return cached
-        loaded = await self._snapshots.load_key(tenant_id, key_id)
-        if loaded is None:
-            self._keys.drop((tenant_id, key_id))
-        else:
-            self._keys.put((tenant_id, key_id), loaded)
-        return loaded
+            self._tenants.put(tenant_id, found.tenant)

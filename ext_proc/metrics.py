@@ -28,6 +28,11 @@ class SettlementMetrics:
         self._delivered = Counter(
             "budgetguard_settlements_delivered", "Settlements that Redis took from the spool.", registry=registry
         )
+        self._damaged = Counter(
+            "budgetguard_spool_damaged_lines",
+            "Lines of the spool that cannot be read, and are kept beside it: their holds expire, at the whole hold.",
+            registry=registry,
+        )
         lost = Counter(
             "budgetguard_settlements_lost",
             "Settlements that neither Redis nor the spool took: their holds expire, at the whole hold.",
@@ -74,6 +79,10 @@ class SettlementMetrics:
     def delivered(self, settlements: int) -> None:
         """Count what Redis has taken from the disk."""
         self._delivered.inc(settlements)
+
+    def damaged(self, lines: int) -> None:
+        """Count what was on disk and cannot be read."""
+        self._damaged.inc(lines)
 
     def lost(self, settlements: int, *, why: str) -> None:
         """Count what nobody has taken."""

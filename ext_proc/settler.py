@@ -199,10 +199,10 @@ class Settler:
                 if delivery is _Delivery.REFUSED:
                     refused.append(settlement)
             async with self._spool_turn:
-                if refused:
-                    delivered_all = False
-                    await self._on_disk(partial(self._spool.append, refused))
-                await self._on_disk(partial(self._spool.remove, segment))
+                await self._on_disk(partial(self._spool.remove, segment, put_back=refused))
+            delivered_all = delivered_all and not refused
+            if segment.damaged:
+                self._metrics.damaged(len(segment.damaged))
             if delivered := len(segment.settlements) - len(refused):
                 self._metrics.delivered(delivered)
                 logger.info("delivered %d spooled settlements", delivered)

@@ -2,7 +2,8 @@
 
 One JSON line a settlement, in numbered segments, each line on disk before ``append`` returns. A segment is deleted
 once all of it was delivered; a killed process finds its segments again, and delivers some lines twice, which changes
-nothing: a settlement is idempotent by its operation's id.
+nothing: a settlement is idempotent by its operation's id. What cannot be read is kept in a file beside them, for
+people: it may be somebody's money.
 """
 
 import fcntl
@@ -28,8 +29,11 @@ logger = logging.getLogger(__name__)
 SPOOL_BYTES_MAX = 256 * 2**20
 # A segment is read whole when it is delivered.
 SEGMENT_BYTES_MAX = 4 * 2**20
+# Of damaged lines; beyond that the oldest go. Far more than kills tear, and a disk that does worse has other witnesses.
+DAMAGED_BYTES_MAX = 16 * 2**20
 
 _SEGMENT_NAME = re.compile(r"settlements-([0-9]{12})\.jsonl")
+_DAMAGED_NAME = re.compile(r"settlements-([0-9]{12})\.damaged")
 
 
 class SpoolError(OSError):
@@ -42,11 +46,11 @@ class SpoolFullError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Settlements in the order in which they were appended. ``damaged``: some of its lines could not be read."""
+    """Settlements in the order in which they were appended, and its lines that are none."""
 
     number: int
     settlements: tuple[Settlement, ...]
-    damaged: bool
+    damaged: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +66,17 @@ class Spool:
     """A folder of segments, for one process at a time. Blocking: call it from a thread, one call at a time."""
 
     def __init__(
-        self, folder: Path, *, bytes_max: int = SPOOL_BYTES_MAX, segment_bytes_max: int = SEGMENT_BYTES_MAX
+        self,
+        folder: Path,
+        *,
+        bytes_max: int = SPOOL_BYTES_MAX,
+        segment_bytes_max: int = SEGMENT_BYTES_MAX,
+        damaged_bytes_max: int = DAMAGED_BYTES_MAX,
     ) -> None:
         self._folder = folder
         self._bytes_max = bytes_max
         self._segment_bytes_max = segment_bytes_max
+        self._damaged_bytes_max = damaged_bytes_max
         self._lock: IO[bytes] | None = None
         # The segment that is appended to, if any: the last one in ``_kept``.
         self._file: FileIO | None = None
@@ -91,31 +101,30 @@ class Spool:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock = (self._folder / "lock").open("ab")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left = sorted(
-                (int(match[1]), path)
-                for path in self._folder.iterdir()
-                if (match := _SEGMENT_NAME.fullmatch(path.name))
-            )
-            self._kept = {number: _look_into(path) for number, path in left}
+            self._kept = {number: _look_into(path) for number, path in self._files(_SEGMENT_NAME)}
+            damaged = [number for number, _ in self._files(_DAMAGED_NAME)]
         except BlockingIOError as error:
             self.close()
             raise SpoolError(f"the spool {self._folder} belongs to another running process") from error
         except OSError as error:
             self.close()
             raise SpoolError(f"the spool {self._folder} cannot be used: {error.strerror}") from error
-        self._next_number = 1 + max(self._kept, default=0)
+        # Nor may a segment have the number of a damaged one, whose file it would overwrite.
+        self._next_number = 1 + max([*self._kept, *damaged], default=0)
         self._note()
         return bool(self._kept)
 
-    def append(self, settlements: Sequence[Settlement]) -> None:
+    def append(self, settlements: Sequence[Settlement], *, were_kept: bool = False) -> None:
         """Keep settlements; they are on disk when this returns.
+
+        ``were_kept``: they are in a segment that is removed right after, so they may pass the bound for that long.
 
         Raises:
             SpoolFullError: the bound is reached.
             OSError: the disk refused.
         """
         lines = b"".join(settlement_to_line(settlement) for settlement in settlements)
-        if self.waiting.size_bytes + len(lines) > self._bytes_max:
+        if not were_kept and self.waiting.size_bytes + len(lines) > self._bytes_max:
             raise SpoolFullError(f"the spool {self._folder} has reached {self._bytes_max} bytes")
         try:
             self._write(lines, settlements)
@@ -152,13 +161,20 @@ class Spool:
         number = next(iter(self._kept), below)
         return self._read(number) if number < below else None
 
-    def remove(self, segment: Segment) -> None:
-        """Forget a segment: it was delivered. One with damaged lines stays on disk, under a name that says so."""
-        path = self._path(segment.number)
+    def remove(self, segment: Segment, *, put_back: Sequence[Settlement] = ()) -> None:
+        """Forget a segment that was delivered, except for those of it that are to be tried again after all others.
+
+        They and its damaged lines are elsewhere on disk before it goes: a kill in between leaves something twice, and
+        nothing nowhere.
+
+        Raises:
+            OSError: the disk refused; the segment is still there.
+        """
         if segment.damaged:
-            path.rename(path.with_suffix(".damaged"))
-        else:
-            path.unlink()
+            self._keep_damaged(segment)
+        if put_back:
+            self.append(put_back, were_kept=True)
+        self._path(segment.number).unlink()
         del self._kept[segment.number]
         self._note()
 
@@ -171,16 +187,40 @@ class Spool:
 
     def _read(self, number: int) -> Segment:
         lines = self._path(number).read_bytes().split(b"\n")
-        if lines.pop():
-            # Torn by a kill in the middle of a write: nobody was told that it is kept.
-            logger.warning("spool segment %d: ignored a torn last line", number)
-        settlements = []
-        for position, line in enumerate(lines, start=1):
+        if not lines[-1]:
+            lines.pop()
+        # A last line without its end was torn by a kill in the middle of a write, unless nothing else of it lacks.
+        settlements, damaged = [], []
+        for line in lines:
             try:
                 settlements.append(settlement_from_line(line))
             except ValueError:
-                logger.critical("spool segment %d: line %d is damaged and cannot be delivered", number, position)
-        return Segment(number, tuple(settlements), damaged=len(settlements) < len(lines))
+                damaged.append(line)
+        return Segment(number, tuple(settlements), tuple(damaged))
+
+    def _keep_damaged(self, segment: Segment) -> None:
+        path = self._path(segment.number).with_suffix(".damaged")
+        content = b"".join(line + b"\n" for line in segment.damaged)
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        self._sync_folder()
+        logger.critical(
+            "alarm=spool_damaged lines=%d bytes=%d kept=%s: settlements that cannot be read, their holds will expire",
+            *(len(segment.damaged), len(content), path),
+        )
+        sizes = {path: path.stat().st_size for _, path in self._files(_DAMAGED_NAME)}
+        for oldest in list(sizes)[:-1]:
+            if sum(sizes.values()) <= self._damaged_bytes_max:
+                break
+            logger.critical("alarm=spool_damaged dropped=%s: more than %d bytes", oldest, self._damaged_bytes_max)
+            oldest.unlink()
+            del sizes[oldest]
+
+    def _files(self, name: re.Pattern[str]) -> list[tuple[int, Path]]:
+        """List the files of one kind, by their numbers."""
+        return sorted((int(match[1]), path) for path in self._folder.iterdir() if (match := name.fullmatch(path.name)))
 
     def _path(self, number: int) -> Path:
         return self._folder / f"settlements-{number:012d}.jsonl"

@@ -6,11 +6,16 @@ from budgetguard.core.money import ceil_div, format_usd
 from budgetguard.core.reasons import Deny, Reason
 from budgetguard.core.snapshot import SubjectKind
 
+# Nobody can say yet who calls, or what is left: not a reason to give up.
+COUNTERS_NOT_READY = Deny(Reason.COUNTERS_NOT_READY, retry_after_seconds=1)
+
 
 def deny_of(refused: ReserveRefused) -> Deny:
     """Tell why the counters refused, with their numbers."""
     if refused.kind is Refusal.BUDGET:
         return _budget_exceeded(refused)
+    if refused.kind is Refusal.NOT_READY:
+        return COUNTERS_NOT_READY
     if refused.kind in _LIMITS:
         return _limit_reached(refused)
     if refused.kind is Refusal.SUBJECTS:
@@ -56,7 +61,6 @@ def _limit_reached(refused: ReserveRefused) -> Deny:
 
 
 _REFUSED_AS = {
-    Refusal.NOT_READY: Reason.COUNTERS_NOT_READY,
     Refusal.TOO_LATE: Reason.TOO_LATE,
     Refusal.REPLAYED: Reason.OPERATION_REPLAYED,
     Refusal.BACKLOG_FULL: Reason.BACKLOG_FULL,

@@ -76,6 +76,14 @@ def publish(shard: Shard, record: tuple[str, ...], version: int) -> bool:
     return True
 
 
+def load_records(shard: Shard, *, tenant_id: str, key_id: str, run_id: str) -> tuple[int | None, int | None] | NotReady:
+    """Return the versions of a tenant and of its key, ``None`` for none; the tenant's for a known key only."""
+    if shard.epoch != run_id:
+        return NotReady()
+    key = shard.records.get((tenant_id, key_id))
+    return None if key is None else shard.records.get((tenant_id,)), key
+
+
 def renew(shard: Shard, *, tenant_id: str, operation_id: str, now_ms: int) -> bool:
     """Lengthen a hold's lease; ``False`` when the operation is not held."""
     operation = shard.operations.get((tenant_id, operation_id))

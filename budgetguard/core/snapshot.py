@@ -222,3 +222,11 @@ class KeySnapshot:
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             msg = "malformed API key record"
             raise ValueError(msg) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallerRecords:
+    """A presented key's records, ``None`` where there is none. Of a key that is not known there is no tenant either."""
+
+    tenant: TenantSnapshot | None
+    key: KeySnapshot | None

@@ -16,11 +16,11 @@ from budgetguard.core.pricing import PriceUnknownError
 from budgetguard.core.providers import DEFAULT_API, REGISTRY, InvalidRequestError, ProviderApi, RequestFacts, find_api
 from budgetguard.core.quoting import Remedy, Standing, remedy, verdict
 from budgetguard.core.reasons import Deny, Reason
-from budgetguard.core.refusals import deny_of
+from budgetguard.core.refusals import COUNTERS_NOT_READY, deny_of
 from budgetguard.core.snapshot import BudgetSpec, SubjectKind
 from budgetguard.core.window import bounds
 from budgetguard.v1 import quote_pb2, quote_pb2_grpc
-from control_plane.callers import Caller, Callers
+from control_plane.callers import Caller, Callers, read_headers
 from control_plane.errors import DeniedError
 from control_plane.json_body import Members, parse_object
 from control_plane.messages import MODES, PERIODS, timestamp
@@ -59,7 +59,7 @@ class QuoteService(quote_pb2_grpc.QuoteServiceServicer):
         self._now_ms = now_ms
 
     async def Quote(self, request: quote_pb2.QuoteRequest, context: Any) -> quote_pb2.QuoteResponse:
-        caller = await self._callers.find(_headers(context))
+        caller = await self._callers.find(read_headers(context.invocation_metadata() or ()))
         route, body = _asked(request)
         api = find_api("POST", route)
         if api is None:
@@ -68,7 +68,7 @@ class QuoteService(quote_pb2_grpc.QuoteServiceServicer):
         asked, plan = self._reserve(caller, api, facts)
         standing = await self._standings.read(asked)
         if not standing.ready:
-            raise DeniedError(Deny(Reason.COUNTERS_NOT_READY))
+            raise DeniedError(COUNTERS_NOT_READY)
         answer = verdict(asked, standing)
         message = quote_pb2.QuoteResponse(
             cost_min_usd=format_usd(asked.input_nanos),
@@ -90,7 +90,7 @@ class QuoteService(quote_pb2_grpc.QuoteServiceServicer):
     async def ListOwnBudgets(
         self, request: quote_pb2.ListOwnBudgetsRequest, context: Any
     ) -> quote_pb2.ListOwnBudgetsResponse:
-        caller = await self._callers.find(_headers(context))
+        caller = await self._callers.find(read_headers(context.invocation_metadata() or ()))
         now_ms = self._now_ms()
         provider = self._prices.provider_for(DEFAULT_API.provider_kind)
         told = caller.context
@@ -117,7 +117,7 @@ class QuoteService(quote_pb2_grpc.QuoteServiceServicer):
         ]
         counted = await self._standings.counted(facts.tenant_id, [limit.counter for limit in limits])
         if counted is None:
-            raise DeniedError(Deny(Reason.COUNTERS_NOT_READY))
+            raise DeniedError(COUNTERS_NOT_READY)
         specs = {spec.budget_id: spec for spec in caller.tenant.budgets}
         return quote_pb2.ListOwnBudgetsResponse(
             budgets=[
@@ -158,15 +158,6 @@ class QuoteService(quote_pb2_grpc.QuoteServiceServicer):
             now_ms=now_ms,
         )
         return reserve_of(request, plan, facts=facts, tenant=caller.tenant, key=caller.key), plan
-
-
-def _headers(context: Any) -> dict[str, str]:
-    """Read a call's headers; one that came twice is joined as Envoy joins it."""
-    headers: dict[str, str] = {}
-    for name, value in context.invocation_metadata() or ():
-        if isinstance(value, str):
-            headers[name] = f"{headers[name]},{value}" if name in headers else value
-    return headers
 
 
 def _asked(request: quote_pb2.QuoteRequest) -> tuple[str, bytes]:

@@ -15,6 +15,7 @@ from budgetguard.core.reserving import reserve
 from budgetguard.core.shard import (
     Shard,
     expire,
+    load_records,
     publish,
     remember_ended,
     renew,
@@ -58,6 +59,19 @@ def test_only_newer_records_are_stored():
     shard = Shard()
     assert [publish(shard, ("acme",), version) for version in (2, 2, 1, 3)] == [True, False, False, True]
     assert shard.records == {("acme",): 3}
+
+
+def test_records_are_known_only_where_all_of_them_are():
+    shard = a_shard(tenant_version=2, key_version=3)
+
+    def load(key_id=KEY_ID, run_id="run"):
+        return load_records(shard, tenant_id="acme", key_id=key_id, run_id=run_id)
+
+    assert load() == (2, 3)
+    assert load(key_id="none") == (None, None)
+    assert load(run_id="another") == load(key_id="none", run_id="another") == NotReady()
+    del shard.records[("acme",)]
+    assert load() == (None, 3)
 
 
 def test_a_hold_takes_money_from_every_budget_and_tells_the_tightest():

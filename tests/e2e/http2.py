@@ -1,7 +1,8 @@
 """One HTTP/2 request by a client that listens while it sends."""
 
 import socket
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 import h2.config
@@ -12,16 +13,18 @@ import h2.events
 @dataclass
 class Answer:
     status: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     ended: bool = False
 
 
-def post_over_http2(base_url: str, path: str, *, headers: dict[str, str], body: bytes) -> Answer:
+def post_over_http2(base_url: str, path: str, *, headers: Mapping[str, str | bytes], body: bytes) -> Answer:
     url = urlsplit(base_url)
     connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
     connection.initiate_connection()
     names = {":method": "POST", ":scheme": "http", ":authority": url.netloc, ":path": path, **headers}
-    connection.send_headers(1, [(name.lower(), value) for name, value in names.items()])
+    sent_headers = {name.lower(): value.encode() if isinstance(value, str) else value for name, value in names.items()}
+    connection.send_headers(1, [(name.encode(), value) for name, value in sent_headers.items()])
     answer, sent = Answer(), 0
     with socket.create_connection((url.hostname, url.port), timeout=20) as wire:
         wire.sendall(connection.data_to_send())
@@ -37,7 +40,8 @@ def post_over_http2(base_url: str, path: str, *, headers: dict[str, str], body: 
             for event in connection.receive_data(received):
                 match event:
                     case h2.events.ResponseReceived():
-                        answer.status = int(dict(event.headers)[":status"])
+                        answer.headers = dict(event.headers)
+                        answer.status = int(answer.headers[":status"])
                     case h2.events.DataReceived():
                         answer.body += event.data
                         connection.acknowledge_received_data(event.flow_controlled_length, 1)

@@ -9,6 +9,7 @@ from decimal import Decimal
 
 import httpx
 import pytest
+import redis
 
 from tests.e2e.admin import TenantUnderTest, monthly
 
@@ -134,3 +135,26 @@ def test_redis_stopped_for_five_seconds_and_back(stack, new_tenant):
     assert set(statuses) <= {200, 503}
     calls_go_on(tenant)
     the_books_balance(tenant)
+
+
+def test_a_redis_that_has_lost_its_data_makes_no_key_unknown(stack, new_tenant):
+    """Also none that ext_authz has never seen, as long as nobody can say what the true records are."""
+    known, new = new_tenant(monthly(str(LIMIT))), new_tenant(monthly(str(LIMIT)))
+    calls_go_on(known)
+    # The control plane would have told it all again within the second.
+    stack.send("control_plane", signal.SIGSTOP)
+    try:
+        with redis.Redis.from_url(stack.stack.supervisor.part("ext_authz").environment["REDIS_URL"]) as client:
+            client.flushall()
+        body = {"model": "gpt-4o-mini", "max_tokens": 5, "messages": ask(completion_tokens=1)}
+        for tenant in (known, new):
+            answer = httpx.post(f"{tenant.base_url}{PATH}", json=body, headers=tenant.headers, timeout=10)
+            told = answer.json()["error"]
+            assert (answer.status_code, told["code"]) == (503, "COUNTERS_NOT_READY"), answer.text
+            assert answer.headers["retry-after"] == "1"
+    finally:
+        stack.send("control_plane", signal.SIGCONT)
+    calls_go_on(new)
+    stranger = {"X-API-Key": new.key[:-1] + ("A" if new.key[-1] != "A" else "B")}
+    answer = httpx.post(f"{new.base_url}{PATH}", json=body, headers=stranger, timeout=10)
+    assert answer.status_code == 401

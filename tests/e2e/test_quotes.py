@@ -1,6 +1,7 @@
 """A quote tells what the very next call is told, on the running product."""
 
 from decimal import Decimal
+from urllib.parse import unquote
 
 import grpc
 import httpx
@@ -8,6 +9,7 @@ import pytest
 
 from budgetguard.v1 import quote_pb2, quote_pb2_grpc
 from tests.e2e.admin import monthly
+from tests.e2e.http2 import post_over_http2
 
 CHAT = {"model": "gpt-4o-mini", "max_tokens": 64, "messages": [{"role": "user", "content": "Say hello."}]}
 ROUTE = "/v1/chat/completions"
@@ -141,6 +143,103 @@ def test_what_no_call_can_be_quoted_for_is_refused_as_the_call_is(new_tenant, re
         for one in detail["fieldViolations"]
     ]
     assert fields == ([] if field is None else [field])
+
+
+TAGS, SESSION, SESSION_NAME, SESSION_PATH, USER = (
+    "X-Tags",
+    "X-Session-Id",
+    "X-Session-Name",
+    "X-Session-Path",
+    "X-User-Id",
+)
+LATIN_1 = "jö".encode("latin-1")
+
+
+def quote_and_call(tenant, headers, *, same_words=True):
+    """Send the same headers, in bytes, with a quote and with the call; both are refused for the same, or neither is."""
+    sent = [*tenant.headers.items(), *headers]
+    quoted = httpx.post(
+        f"{tenant.base_url}/v1/budgetguard/quote", json={"route": ROUTE, "request": CHAT}, headers=sent, timeout=20
+    )
+    called = httpx.post(f"{tenant.base_url}{ROUTE}", json=CHAT, headers=sent, timeout=20)
+    assert quoted.status_code == called.status_code, quoted.text
+    if called.status_code == 200:
+        assert quoted.json()["wouldPass"]
+        return None
+    error = called.json()["error"]
+    assert error_info(quoted)["reason"] == error["code"]
+    assert quoted.json()["message"] == error["message"] or not same_words
+    violations = quoted.json()["details"][1]["fieldViolations"]
+    assert [violation["field"] for violation in violations] == [error["param"]]
+    return error["message"]
+
+
+def make_tags(tenant, *tags):
+    for tag in tags:
+        made = tenant.http.post(f"/admin/tenant/{tenant.tenant_id}/tags", json={"tagId": tag})
+        assert made.status_code == 200, made.text
+
+
+@pytest.mark.parametrize("name", [TAGS, SESSION, SESSION_NAME, SESSION_PATH, USER])
+def test_a_header_that_is_no_utf_8_is_refused_as_the_call_s_is(new_tenant, name):
+    tenant = new_tenant(monthly("10"))
+    make_tags(tenant, "s")
+    session = [] if name == SESSION else [(SESSION, b"s")]
+    # Latin-1; no encoding's; one of two; a surrogate; a zero in two bytes; past the last character.
+    for value in (LATIN_1, b"\xff\xfe", "jö ".encode() + LATIN_1, b"\xed\xa0\x80", b"\xc0\x80", b"\xf4\x90\x80\x80"):
+        told = quote_and_call(tenant, [*session, (name, value)])
+        assert told == f"{name}: expected UTF-8, got bytes that are none."
+    # The edge looks at each of several by itself, and a quote may be told of another fault of the same header.
+    quote_and_call(tenant, [*session, (name, b"s"), (name, LATIN_1)], same_words=False)
+    for text in ("jö", "Zürich 日本 😀", "\ud7ff\ue000\U0010ffff", "é" * 200):
+        told = quote_and_call(tenant, [*session, (name, text.encode())])
+        assert told is None or name == TAGS, told
+
+
+@pytest.mark.parametrize("name", [SESSION, USER])
+def test_a_header_that_comes_twice_is_refused_as_the_call_s_is(new_tenant, name):
+    tenant = new_tenant(monthly("10"))
+    told = quote_and_call(tenant, [(name, b"a"), (name, b"b")])
+    assert told == f"{name}: expected it once, got it several times."
+    assert quote_and_call(tenant, [(name, b"a,b")]) is None
+
+
+def test_of_several_headers_the_same_one_is_blamed_as_the_call_s_is(new_tenant):
+    tenant = new_tenant(monthly("10"))
+    assert quote_and_call(tenant, [(USER, LATIN_1), (SESSION, LATIN_1)]).startswith(SESSION)
+    assert quote_and_call(tenant, [(USER, LATIN_1), (SESSION, b"a"), (SESSION, b"b")]).startswith(SESSION)
+    assert quote_and_call(tenant, [(USER, b"a"), (USER, b"b"), (TAGS, LATIN_1)]).startswith(TAGS)
+    # Ours to set: a client's own says nothing.
+    assert quote_and_call(tenant, [("X-BudgetGuard-Not-UTF8", b"x-user-id"), (USER, b"jo")]) is None
+
+
+def test_tags_may_come_in_several_headers(new_tenant):
+    tenant = new_tenant(monthly("10"))
+    make_tags(tenant, "a", "b")
+    assert quote_and_call(tenant, [(TAGS, b"a"), (TAGS, b"b")]) is None
+    assert "'c'" in quote_and_call(tenant, [(TAGS, b"a"), (TAGS, b"c")])
+
+
+@pytest.mark.parametrize("method", ["Quote", "ListOwnBudgets"])
+def test_over_grpc_such_headers_are_refused_too(new_tenant, stack, method):
+    tenant = new_tenant(monthly("10"))
+    headers = {"content-type": "application/grpc", "te": "trailers", **tenant.headers}
+    answer = post_over_http2(
+        stack.base_url,
+        f"/budgetguard.v1.QuoteService/{method}",
+        headers={**headers, USER: LATIN_1},
+        body=b"\0\0\0\0\0",
+    )
+    assert (answer.status, answer.headers["grpc-status"]) == (200, "3")
+    assert unquote(answer.headers["grpc-message"]) == "X-User-Id: expected UTF-8, got bytes that are none."
+    with grpc.insecure_channel(stack.base_url.removeprefix("http://")) as channel:
+        stub = quote_pb2_grpc.QuoteServiceStub(channel)
+        metadata = (("x-api-key", tenant.key), ("x-user-id", "a"), ("x-user-id", "b"))
+        request = quote_pb2.QuoteRequest() if method == "Quote" else quote_pb2.ListOwnBudgetsRequest()
+        with pytest.raises(grpc.RpcError) as refused:
+            getattr(stub, method)(request, metadata=metadata, timeout=20)
+        assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert refused.value.details() == "X-User-Id: expected it once, got it several times."
 
 
 def test_only_a_good_key_of_a_tenant_is_answered(new_tenant, stack):

@@ -39,7 +39,7 @@ from budgetguard.core.extension import Extended, Extension, ExtensionRefused, No
 from budgetguard.core.handoff import Handoff
 from budgetguard.core.operation import ENDED_KEPT_MS, LEASE_MS, RANK, End
 from budgetguard.core.pricing import DEFAULT_TIER
-from budgetguard.core.snapshot import KeySnapshot, TenantSnapshot
+from budgetguard.core.snapshot import CallerRecords, KeySnapshot, TenantSnapshot
 
 RESERVE = Script("reserve")
 RENEW = Script("renew")
@@ -47,6 +47,7 @@ EXTEND = Script("extend")
 SETTLE = Script("settle")
 EXPIRE = Script("expire")
 PUBLISH = Script("publish")
+LOAD_RECORDS = Script("load_records")
 
 # Of each end, those that it replaces, as settle.lua reads them.
 _REPLACES = {
@@ -296,6 +297,21 @@ class Counters:
 
     async def _publish(self, key: str, version: int, record: bytes) -> bool:
         return bool(await self._scripts.run(PUBLISH, [key], [version, record]))
+
+    async def load_records(self, tenant_id: str, key_id: str) -> CallerRecords | NotReady:
+        """Load an API key's snapshot and its tenant's, both as of one moment at which all that is true was there."""
+        reply: list[str | None] = await self._scripts.run(
+            LOAD_RECORDS,
+            [keys.epoch(keys.shard_of(tenant_id)), keys.tenant(tenant_id), keys.api_key(tenant_id, key_id)],
+            [],
+        )
+        if reply[0] == "NOT_READY":
+            return NotReady()
+        _, tenant, key = reply
+        return CallerRecords(
+            tenant=None if tenant is None else TenantSnapshot.from_json(tenant),
+            key=None if key is None else KeySnapshot.from_json(key),
+        )
 
     async def load_tenant(self, tenant_id: str) -> TenantSnapshot | None:
         """Load a tenant's snapshot; ``None`` when Redis has none."""

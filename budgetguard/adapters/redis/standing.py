@@ -43,10 +43,6 @@ class StandingReader:
             full=await self._full(tenant_id, limits, request.now_ms),
         )
 
-    async def generation(self, tenant_id: str) -> str:
-        """Name the data that a tenant's records and counters are part of; empty while they are not signed off."""
-        return (await self._book.read(tenant_id, [])).generation
-
     async def counted(self, tenant_id: str, names: Sequence[str]) -> list[tuple[int, int]] | None:
         """Read (spent, held) of each counter as of its name's bucket; ``None`` while the counters are not signed off.
 

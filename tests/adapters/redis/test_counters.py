@@ -13,7 +13,7 @@ from budgetguard.adapters.redis.epoch import Epoch
 from budgetguard.core.budget import NotReady, Refusal, Reserved, Settled
 from budgetguard.core.events import DETAIL_CHARS_MAX, UsageEvent
 from budgetguard.core.operation import ENDED_KEPT_MS, End
-from budgetguard.core.snapshot import KeyStatus, Status, WindowKind
+from budgetguard.core.snapshot import CallerRecords, KeyStatus, Status, WindowKind
 from tests.plugins.redis_calls import (
     KEY_ID,
     a_budget,
@@ -235,6 +235,35 @@ async def test_a_revoked_key_and_a_deleted_tenant_are_records_that_nothing_older
     assert await counters.load_key("acme", KEY_ID) == revoked
     assert await counters.load_tenant("acme") == deleted
     assert (await counters.reserve(ask())).kind is Refusal.STALE
+
+
+async def test_records_are_loaded_for_sure_only_while_their_shard_is_signed_off(counters, ready_redis):
+    both = CallerRecords(tenant=a_tenant(), key=a_key())
+    assert await counters.load_records("acme", KEY_ID) == both
+    assert await counters.load_records("acme", "x") == CallerRecords(tenant=None, key=None)
+    epoch = Epoch(ready_redis)
+    for lose in (epoch.begin_rebuild(SHARD), epoch.sign_off(SHARD, "another-run"), ready_redis.command("FLUSHALL")):
+        await lose
+        for key_id in (KEY_ID, "x"):
+            assert await counters.load_records("acme", key_id) == NotReady()
+        await sign_off_all(ready_redis)
+    assert await counters.load_records("acme", KEY_ID) == CallerRecords(tenant=None, key=None)
+    await counters.publish_key(a_key())
+    assert await counters.load_records("acme", KEY_ID) == CallerRecords(tenant=None, key=a_key())
+
+
+async def test_a_restarted_redis_loads_no_records_for_sure_until_it_is_signed_off(own_redis_server, own_counters):
+    both = await own_counters.load_records("acme", KEY_ID)
+    await own_redis_server.wait_until_written()
+    own_redis_server.kill()
+    own_redis_server.start()
+    await own_redis_server.wait_until_ready()
+    assert await own_counters.load_key("acme", KEY_ID) == both.key
+    assert await own_counters.load_records("acme", KEY_ID) == NotReady()
+    redis = RedisClient(own_redis_server.url)
+    await sign_off_all(redis)
+    await redis.close()
+    assert await own_counters.load_records("acme", KEY_ID) == both
 
 
 async def test_what_is_not_there_is_none(counters):

@@ -24,7 +24,7 @@ from budgetguard.adapters.redis.reconciling import CounterBook
 from budgetguard.adapters.redis.spelling import counter_of, operation_of, reserve_answer
 from budgetguard.core import reserving
 from budgetguard.core import shard as reference
-from budgetguard.core.budget import RememberedEnd, Reserve, Reserved
+from budgetguard.core.budget import NotReady, RememberedEnd, Reserve, Reserved
 from budgetguard.core.counter import Unit, calls_counter_name, counter_name, read_name, template_of, tokens_counter_name
 from budgetguard.core.counting import Counter, as_of
 from budgetguard.core.events import UsageEvent, facts_from_json, split_counters
@@ -38,9 +38,10 @@ from budgetguard.core.usage import Usage
 from budgetguard.core.window import bounds
 from tests.plugins.redis_calls import a_budget, a_handoff, a_key, a_settlement, a_tenant, the_facts
 
-# Two tenants of one shard, so that a mix-up would show; one has characters that keys must escape.
+# Two tenants of one shard, so that a mix-up would show; one has characters that keys must escape. NOBODY has no record.
 SHARD = keys.shard_of("acme")
 TENANTS = ["acme", next(name for i in range(9999) if keys.shard_of(name := f"t:{{{i}}}") == SHARD)]
+NOBODY = next(name for i in range(9999) if keys.shard_of(name := f"nobody-{i}") == SHARD)
 KEY_IDS = ["a" * 16, "b" * 16]
 OPERATIONS = [f"op:{number}" for number in range(12)]
 HOUR_MS = 3_600_000
@@ -205,6 +206,13 @@ class Scripts(RuleBasedStateMachine):
         key = a_key(tenant_id, key_id, version, **limits)
         self.publish(key)
         self.api_keys[(tenant_id, key_id)] = key
+
+    @rule(tenant_id=st.sampled_from([*TENANTS, NOBODY]), key_id=st.sampled_from([*KEY_IDS, "none"]))
+    def load_records(self, tenant_id, key_id):
+        found = self.run(self.counters.load_records(tenant_id, key_id))
+        if not isinstance(found, NotReady):
+            found = tuple(None if record is None else record.version for record in (found.tenant, found.key))
+        assert found == reference.load_records(self.shard, tenant_id=tenant_id, key_id=key_id, run_id=self.run_id)
 
     @rule(
         tenant_id=st.sampled_from(TENANTS),

@@ -9,10 +9,9 @@ from budgetguard.adapters.redis import keys
 from budgetguard.adapters.redis.client import RedisClient
 from budgetguard.adapters.redis.counters import Counters
 from budgetguard.adapters.redis.epoch import Epoch
-from budgetguard.adapters.redis.standing import StandingReader
 from budgetguard.core.api_key import format_api_key, hash_secret, parse_api_key
 from budgetguard.core.snapshot import KeySnapshot
-from control_plane.callers import Callers
+from control_plane.callers import NOT_UTF8_HEADER, Callers, SentHeaders, read_headers
 from control_plane.errors import DeniedError
 from tests.plugins.redis_calls import KEY_ID, a_tenant
 from tests.services.control_plane.test_rest import reason
@@ -33,14 +32,14 @@ async def publish(redis) -> None:
 
 async def told(callers) -> str:
     try:
-        caller = await callers.find({"x-api-key": KEY})
+        caller = await callers.find(SentHeaders(values={"x-api-key": KEY}))
     except DeniedError as denied:
         return str(denied.reason)
     return caller.key.key_id
 
 
-def callers_of(redis, readiness=None) -> Callers:
-    return Callers(Counters(redis), readiness=readiness or StandingReader(redis), now_ms=lambda: NOW_MS)
+def callers_of(redis) -> Callers:
+    return Callers(Counters(redis), now_ms=lambda: NOW_MS)
 
 
 async def test_a_key_is_unknown_only_where_all_records_are(ready_redis):
@@ -60,16 +59,18 @@ async def test_a_key_without_its_tenant_s_record_is_not_revoked_until_all_record
     assert await told(callers_of(ready_redis)) == "COUNTERS_NOT_READY"
 
 
-class Rebuilding(StandingReader):
-    """Redis loses its data and gets them back while a key is looked for: each look finds another generation."""
-
-    async def generation(self, tenant_id: str) -> str:
-        await Epoch(self._redis).sign_off(keys.shard_of(tenant_id), await Epoch(self._redis).run_id())
-        return await super().generation(tenant_id)
-
-
-async def test_records_that_are_lost_during_the_look_make_no_key_unknown(ready_redis):
-    assert await told(callers_of(ready_redis, Rebuilding(ready_redis))) == "COUNTERS_NOT_READY"
+def test_headers_are_read_as_they_came_and_one_that_the_edge_named_is_missing():
+    metadata = [
+        ("x-tags", "a"),
+        ("x-user-id", "jo"),
+        ("x-tags", "b"),
+        ("grpc-trace-bin", b"\0"),
+        (NOT_UTF8_HEADER, "x-session-id"),
+    ]
+    assert read_headers(metadata) == SentHeaders(
+        values={"x-tags": "a,b", "x-user-id": "jo"}, not_utf8=["x-session-id"], repeated=["x-tags"]
+    )
+    assert read_headers([]) == SentHeaders(values={}, not_utf8=[], repeated=[])
 
 
 async def test_after_a_flush_nobody_is_told_that_a_key_is_unknown_or_that_nothing_is_spent(rest, tenant_id, program):

@@ -11,9 +11,10 @@ from functools import partial
 import pytest
 
 from budgetguard.adapters.prices import PriceBook
+from budgetguard.adapters.redis import keys
 from budgetguard.adapters.redis.client import CountersUnavailableError, RedisClient
 from budgetguard.adapters.redis.counters import Counters
-from budgetguard.adapters.redis.epoch import incarnation_of
+from budgetguard.adapters.redis.epoch import Epoch, incarnation_of
 from budgetguard.adapters.redis.refusals import Refusals
 from budgetguard.core.api_key import format_api_key, hash_secret
 from budgetguard.core.catalog import Catalog, ProviderSpec
@@ -37,6 +38,7 @@ from ext_authz.failures import CLOSED, POLICY_SKIPPED, Failure, Failures
 from ext_authz.large_bodies import LargeBodies
 from ext_authz.records import Records
 from tests.plugins.redis_calls import live_holds
+from tests.plugins.redis_server import sign_off_all
 
 KEY_ID = "0123456789abcdef"
 KEY = format_api_key(tenant_id="acme", key_id=KEY_ID, secret=bytes(32))
@@ -84,10 +86,10 @@ class Bench:
         )
         self.checker = self.make()
 
-    def make(self, *, counters=None, failures=CLOSED, now_ms=None, is_metered=lambda: True) -> Checker:
+    def make(self, *, counters=None, records=None, failures=CLOSED, now_ms=None, is_metered=lambda: True) -> Checker:
         return Checker(
             counters=counters or self.counters,
-            records=Records(self.counters),
+            records=records or Records(self.counters),
             prices=self.prices,
             policy=self.policy,
             provider_key=self.provider_keys.get,
@@ -318,10 +320,72 @@ async def test_without_a_catalog_nothing_is_forwarded(bench):
     assert reason(await bench.check(checker=checker)) == "PROVIDER_UNAVAILABLE"
 
 
-async def test_counters_that_are_not_ready_admit_nobody(bench):
-    await bench.check()
+MADE_UP = KEY.replace(KEY_ID, KEY_ID[::-1])
+
+
+@pytest.mark.parametrize("known_before", [True, False])
+async def test_while_redis_has_lost_its_records_no_key_is_unknown(bench, known_before):
+    if known_before:
+        assert isinstance(await bench.check(), Admitted)
     await bench.redis.command("FLUSHALL")
-    assert reason(await bench.check()) in ("COUNTERS_NOT_READY", "API_KEY_UNKNOWN")
+    for key in (KEY, MADE_UP, KEY.replace("acme", "other")):
+        answer = await bench.check(x_api_key=key)
+        assert (reason(answer), answer.deny.telling.http_status) == ("COUNTERS_NOT_READY", 503)
+        assert answer.deny.telling.retryable
+        assert answer.headers["retry-after"] == "1"
+    # Signed off without them, they are not lost: there are none. One that was known is, with its tenant.
+    await sign_off_all(bench.redis)
+    assert reason(await bench.check()) == ("COUNTERS_NOT_READY" if known_before else "API_KEY_UNKNOWN")
+    await bench.counters.publish_tenant(TENANT)
+    await bench.counters.publish_key(RECORD)
+    assert isinstance(await bench.check(), Admitted)
+    assert reason(await bench.check(x_api_key=MADE_UP)) == "API_KEY_UNKNOWN"
+
+
+@pytest.mark.parametrize(
+    "older",
+    [
+        replace(RECORD, status=KeyStatus.REVOKED),
+        replace(RECORD, expires_at_ms=1),
+        replace(TENANT, status=Status.SUSPENDED),
+    ],
+)
+async def test_nobody_is_refused_by_records_that_are_not_signed_off(bench, older):
+    publish = bench.counters.publish_key if isinstance(older, KeySnapshot) else bench.counters.publish_tenant
+    await publish(replace(older, version=2))
+    refused = reason(await bench.check())
+    assert refused in ("API_KEY_REVOKED", "API_KEY_EXPIRED", "TENANT_SUSPENDED")
+    await Epoch(bench.redis).sign_off(keys.shard_of("acme"), "the process before")
+    assert reason(await bench.check()) == "COUNTERS_NOT_READY"
+    await sign_off_all(bench.redis)
+    assert reason(await bench.check()) == refused
+
+
+class CountedRedis(RedisClient):
+    """Counts its trips to Redis."""
+
+    trips = 0
+
+    async def _ask(self, packed, count):
+        self.trips += 1
+        return await super()._ask(packed, count)
+
+
+async def test_a_cached_key_costs_no_trip_beyond_its_reserve_and_an_unknown_one_two(bench, redis_server):
+    redis = CountedRedis(redis_server.url, timeout_seconds=10)
+    checker = bench.make(counters=Counters(redis), records=Records(Counters(redis)))
+
+    async def trips(**call) -> int:
+        before = redis.trips
+        await bench.check(checker=checker, **call)
+        return redis.trips - before
+
+    await trips()
+    await trips(x_api_key=MADE_UP)  # from here on Redis knows every script
+    assert await trips() == 1
+    for _ in range(2):
+        assert await trips(x_api_key=MADE_UP) == 2
+    await redis.close()
 
 
 class SlowCounters(Counters):

@@ -9,7 +9,7 @@ from budgetguard.core.operation import End
 from ext_proc import settler as settler_module
 from ext_proc.leases import Leases
 from ext_proc.settler import Settler
-from ext_proc.spool import Spool, SpoolFullError
+from ext_proc.spool import Spool, SpoolFullError, settlement_to_line
 from tests.services.ext_proc.support import HOLD_NANOS, NOW_MS, RUN_ID, eventually
 
 
@@ -28,6 +28,30 @@ def quick_retries(monkeypatch):
 @pytest.fixture
 def segments(tmp_path):
     return lambda: list((tmp_path / "spool").glob("settlements-*"))
+
+
+@pytest.fixture
+async def started(counters, registry):
+    """Start settlers on spools of the test's own."""
+    settlers = []
+
+    async def started(spool):
+        settlers.append(
+            Settler(
+                counters,
+                spool,
+                incarnation=counters.run_id,
+                now_ms=lambda: NOW_MS,
+                registry=registry,
+                watch_every_seconds=0.01,
+            )
+        )
+        await settlers[-1].start()
+        return settlers[-1]
+
+    yield started
+    for settler in settlers:
+        await settler.close()
 
 
 async def test_a_settlement_goes_straight_to_redis(settler, counters, segments):
@@ -81,6 +105,53 @@ async def test_one_that_redis_refuses_does_not_hold_up_the_others(settler, count
     counters.refusing.clear()
     await eventually(lambda: not segments())
     assert counters.ends == [(End.CONFIRMED, 1), (End.CONFIRMED, 2), (End.CONFIRMED, 0)]
+
+
+async def test_one_that_redis_refuses_for_ever_holds_up_no_other_in_a_full_spool(counters, started, tmp_path, registry):
+    handoffs = [counters.admit(f"op-{number}") for number in range(6)]
+    settlements = [settlement_of(handoff, number) for number, handoff in enumerate(handoffs)]
+    lines = [len(settlement_to_line(settlement)) for settlement in settlements]
+    # Full to the last byte, and each in a segment of its own.
+    spool = Spool(tmp_path / "spool", bytes_max=sum(lines), segment_bytes_max=1)
+    counters.refusing |= {"op-0", "op-3"}
+    counters.silent = True
+    settler = await started(spool)
+    for settlement in settlements:
+        await settler.submit(settlement)
+    assert spool.waiting.size_bytes == spool.bytes_max
+    counters.silent = False
+    await eventually(lambda: len(counters.ends) == 4)
+    assert counters.ends == [(End.CONFIRMED, number) for number in (1, 2, 4, 5)]
+    settles = counters.settles
+    await eventually(lambda: counters.settles > settles + 4)  # it goes round with what is refused, which stays
+    assert registry.get_sample_value(LOST, {"why": "spool_full"}) == 0
+    counters.refusing.clear()
+    await eventually(lambda: spool.waiting.settlements == 0)
+    # Whichever of them the round had come to.
+    assert sorted(amount_nanos for _, amount_nanos in counters.ends[4:]) == [0, 3]
+    assert counters.counter.held == 0
+
+
+async def test_what_cannot_be_read_is_counted_once_and_kept(counters, started, tmp_path, registry):
+    folder = tmp_path / "spool"
+    spool = Spool(folder)
+    spool.open()
+    spool.append([settlement_of(counters.admit(f"op-{number}"), number) for number in range(3)])
+    spool.close()
+    (path,) = folder.glob("*.jsonl")
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([lines[0], b"garbage", lines[2][:40]]))
+    counters.silent = True
+    await started(Spool(folder))
+    assert registry.get_sample_value(DAMAGED) == 0
+    settles = counters.settles
+    await eventually(lambda: counters.settles > settles + 2)  # read again and again
+    assert registry.get_sample_value(DAMAGED) == 0
+    counters.silent = False
+    await eventually(lambda: registry.get_sample_value(DAMAGED) == 2)
+    assert counters.ends == [(End.CONFIRMED, 0)]
+    (kept,) = folder.glob("settlements-*")
+    assert kept.read_bytes() == b"garbage\n" + lines[2][:40] + b"\n"
 
 
 async def test_a_fault_of_ours_loses_no_settlement(settler, counters, segments, monkeypatch):
@@ -157,6 +228,7 @@ async def test_without_redis_and_disk_an_alarm_names_the_operations(settler, cou
     assert counters.counter.held == HOLD_NANOS
 
 
+DAMAGED = "budgetguard_spool_damaged_lines_total"
 SPOOLED, DELIVERED, LOST = (f"budgetguard_settlements_{name}_total" for name in ("spooled", "delivered", "lost"))
 WAITING, WAITING_BYTES, OLDEST_AGE, ANSWERS = (
     "budgetguard_spool_settlements",

@@ -1,11 +1,15 @@
 import os
 import shutil
+import subprocess
+from io import FileIO
+from pathlib import Path
 
 import pytest
 
 from budgetguard.core.budget import Settlement
 from budgetguard.core.operation import End
 from budgetguard.core.usage import Usage
+from ext_proc import spool as spool_module
 from ext_proc.spool import Spool, SpoolError, SpoolFullError, Waiting, settlement_from_line, settlement_to_line
 from tests.services.ext_proc.support import NOW_MS, ModelCounters
 
@@ -103,25 +107,103 @@ def test_a_spool_says_whether_there_is_anything_to_deliver(folder, settlements):
     spool.close()
 
 
-@pytest.mark.parametrize("kept_bytes", [1, 50, -1])
-def test_a_torn_last_line_is_ignored(opened, folder, settlements, kept_bytes):
+def damaged_files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.damaged")}
+
+
+def alarms(caplog):
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if (record.levelname, record.name) == ("CRITICAL", "ext_proc.spool")
+    ]
+
+
+@pytest.mark.parametrize("kept_bytes", [1, 50, -2])
+def test_a_torn_last_line_is_kept_for_people(opened, folder, settlements, caplog, kept_bytes):
     opened(folder).append(settlements[:2])
     left = after_kill(folder)
     (path,) = left.glob("*.jsonl")
-    path.write_bytes(path.read_bytes() + settlement_to_line(settlements[2])[:kept_bytes])
+    torn = settlement_to_line(settlements[2])[:kept_bytes]
+    path.write_bytes(path.read_bytes() + torn)
     assert everything_in(opened(left)) == settlements[:2]
-    assert list(left.glob("settlements*")) == []
+    assert list(left.glob("*.jsonl")) == []
+    assert damaged_files(left) == {path.with_suffix(".damaged").name: torn + b"\n"}
+    (alarm,) = alarms(caplog)
+    assert alarm.startswith("alarm=spool_damaged lines=1 ")
 
 
-def test_a_damaged_line_is_kept_for_people_and_loses_no_other(opened, folder, settlements, caplog):
+def test_a_line_that_lacks_nothing_but_its_end_is_delivered(opened, folder, settlements, caplog):
+    opened(folder).append(settlements[:2])
+    left = after_kill(folder)
+    (path,) = left.glob("*.jsonl")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert everything_in(opened(left)) == settlements[:2]
+    assert (damaged_files(left), alarms(caplog)) == ({}, [])
+
+
+# Flipped bits, a hole of zeros, another write over it, a line that lost its end to the next one's.
+@pytest.mark.parametrize(
+    "damage", [lambda line: b"\xff" + line[1:], lambda line: bytes(len(line)), lambda _: b"garbage"]
+)
+def test_a_damaged_line_is_kept_for_people_and_loses_no_other(opened, folder, settlements, caplog, damage):
     opened(folder).append(settlements[:3])
     left = after_kill(folder)
     (path,) = left.glob("*.jsonl")
     lines = path.read_bytes().split(b"\n")
-    path.write_bytes(b"\n".join([lines[0], b"garbage", lines[2], b""]))
+    damaged = damage(lines[1])
+    path.write_bytes(b"\n".join([lines[0], damaged, lines[2], b""]))
     assert everything_in(opened(left)) == [settlements[0], settlements[2]]
-    assert [path.suffix for path in left.glob("settlements*")] == [".damaged"]
-    assert "CRITICAL" in caplog.text
+    assert list(left.glob("*.jsonl")) == []
+    (kept,) = damaged_files(left).items()
+    assert kept == (path.with_suffix(".damaged").name, damaged + b"\n")
+    (alarm,) = alarms(caplog)
+    assert alarm.startswith(f"alarm=spool_damaged lines=1 bytes={len(damaged) + 1} kept={left}")
+
+
+def damage_all(folder):
+    """Leave no line in any segment, and say what they are now."""
+    found = []
+    for path in folder.glob("*.jsonl"):
+        found.append(b"damaged in " + path.name.encode() + b"\n")
+        path.write_bytes(found[-1])
+    return found
+
+
+def test_damaged_lines_of_an_earlier_process_are_not_written_over(opened, folder, settlements):
+    opened(folder).append(settlements[:1])
+    left = after_kill(folder)
+    found = damage_all(left)
+    everything_in(opened(left))
+    # It is empty now, and numbers could begin again.
+    again = after_kill(left)
+    opened(again).append(settlements[1:2])
+    last = after_kill(again)
+    found += damage_all(last)
+    everything_in(opened(last))
+    assert sorted(damaged_files(last).values()) == sorted(found)
+    assert len(set(found)) == 2
+
+
+def test_damaged_lines_are_bounded_and_the_last_are_kept(opened, folder, settlements, caplog):
+    opened(folder, segment_bytes_max=1)
+    spool = opened(after_kill(folder), segment_bytes_max=1)
+    for settlement in settlements:
+        spool.append([settlement])
+    left = after_kill(folder.with_name(f"{folder.name}-left"))
+    found = sorted(damage_all(left))
+    bound = 2 * len(found[0]) + 1
+    everything_in(opened(left, damaged_bytes_max=bound))
+    assert sorted(damaged_files(left).values()) == found[-2:]
+    assert sum("dropped=" in alarm for alarm in alarms(caplog)) == len(found) - 2
+    # One that is larger than the bound alone is kept all the same.
+    tiny = after_kill(left)
+    spool = opened(tiny, damaged_bytes_max=1)
+    spool.append(settlements[:1])
+    spool.seal()
+    (last,) = damage_all(tiny)
+    everything_in(spool)
+    assert list(damaged_files(tiny).values()) == [last]
 
 
 def test_a_spool_knows_what_waits_in_it_also_what_was_left(opened, folder, settlements):
@@ -180,6 +262,73 @@ def test_the_spool_is_bounded_also_by_what_was_left(opened, folder, settlements)
         left.append(settlements[3:4])
     assert everything_in(left) == settlements[:3]
     left.append(settlements[3:4])
+
+
+def test_what_is_put_back_may_pass_the_bound_as_long_as_its_segment_is_there(opened, folder, settlements):
+    spool = opened(folder, bytes_max=sum(len(settlement_to_line(settlement)) for settlement in settlements[:3]))
+    spool.append(settlements[:3])
+    with pytest.raises(SpoolFullError):
+        spool.append(settlements[3:4])
+    spool.remove(spool.oldest(below=spool.seal()), put_back=settlements[:3])
+    assert spool.waiting.size_bytes == spool.bytes_max
+    with pytest.raises(SpoolFullError):
+        spool.append(settlements[3:4])
+    assert everything_in(spool) == settlements[:3]
+
+
+class Kills:
+    """Copies the folder whenever something of it is about to change: what a kill would leave at that moment."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.left = folder, []
+        self.before(monkeypatch, os, "fsync")
+        self.before(monkeypatch, Path, "unlink")
+        self.before(monkeypatch, Path, "open")
+        self.before(monkeypatch, Path, "rename")
+        kills = self
+
+        class TornFile(FileIO):
+            """Writes one half, then the other."""
+
+            def write(self, content):
+                kills.copy()
+                written = super().write(content[: (len(content) + 1) // 2])
+                kills.copy()
+                return written
+
+        monkeypatch.setattr(spool_module, "FileIO", TornFile)
+
+    def before(self, monkeypatch, owner, name):
+        really = getattr(owner, name)
+
+        def copy_first(*args, **kwargs):
+            self.copy()
+            return really(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, copy_first)
+
+    def copy(self):
+        self.left.append(self.folder.with_name(f"left-{len(self.left)}"))
+        subprocess.run(["cp", "-r", self.folder, self.left[-1]], check=True)
+
+
+def test_a_kill_at_any_moment_of_a_removal_loses_nothing(opened, folder, settlements, monkeypatch):
+    spool = opened(folder)
+    spool.append(settlements[:4])
+    below = spool.seal()
+    (path,) = folder.glob("*.jsonl")
+    path.write_bytes(path.read_bytes() + b"garbage\n")
+    with monkeypatch.context() as patched:
+        kills = Kills(folder, patched)
+        # The second and the last of them are delivered.
+        spool.remove(spool.oldest(below=below), put_back=[settlements[0], settlements[2]])
+        kills.copy()
+    assert len(kills.left) > 6
+    for left in kills.left:
+        found = everything_in(opened(left))
+        assert all(settlement in found for settlement in (settlements[0], settlements[2])), left
+        assert b"garbage\n" in damaged_files(left).values(), left
+    assert everything_in(spool) == [settlements[0], settlements[2]]
 
 
 def test_a_write_that_fails_leaves_room_for_the_next(opened, folder, settlements, monkeypatch):
