@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
 
+from budgetguard.adapters.redis.spelling import HELD, operation_of
+
 # Fields of a counter.
 _SPENT, _HELD = b"spent", b"held"
 
@@ -115,8 +117,8 @@ class Trace:
 
     def _set(self, words: list[bytes]) -> None:
         if b":operation:" in words[1]:
-            operation = json.loads(words[2])
-            if operation["state"] == "HELD":
+            operation = operation_of(words[2].decode())
+            if operation["state"] == HELD:
                 self._holds[words[1]] = int(operation["hold"])
             else:
                 self._holds.pop(words[1], None)

@@ -121,7 +121,7 @@ def test_a_trace_goes_on_where_a_write_was_cut(tmp_path):
 
 
 def test_a_flush_tells_what_it_took(tmp_path):
-    held = '{"state":"HELD","hold":"70"}'
+    held = "HELD\x1f70\x1f9\x1fb1:1:0:\x1f{}\x1fasked\x1ftold\x1flimits"
     event = '{"operation_id":"op-1"}'
     data = written(
         f"SET bg:{{00}}:operation:acme:op-2 {held}",
