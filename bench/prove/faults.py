@@ -26,6 +26,9 @@ from bench.prove.system import System, Tenant
 STRIKE_AFTER = 0.4
 PAUSE_SECONDS = 1.0
 RECOVERY_SECONDS = 60.0
+# A Redis that has lost data is told the settlements of the last seconds again, so long after it is back at the latest:
+# until then it may have room that has been spent.
+TOLD_AGAIN_SECONDS = 2.5
 # Callers that are refused for now try again, this much later.
 AGAIN_SECONDS = 0.1
 # Limits of the budgets beside the tight one.
@@ -99,6 +102,7 @@ async def prove_fault(
     system.trace.watch({budget.budget_id: budget.limit_nanos for budget in tenant.budgets})
     outcomes, broken = await _load_with(system, fault, tenant, headers, routes, calls, random)
     await _recover(system, tenant, headers, routes[0], random, outcomes)
+    await asyncio.sleep(TOLD_AGAIN_SECONDS)
     # Ends that are on their way (spools, replays, releases) come first; what then still is held, nobody will end.
     if not await settled(system, tenant, seconds=LATE_ENDS_SECONDS):
         await let_leases_run_out(system)

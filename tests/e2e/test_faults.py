@@ -11,6 +11,9 @@ import httpx
 import pytest
 import redis
 
+from budgetguard.adapters.redis.client import RedisClient
+from budgetguard.adapters.redis.epoch import Epoch
+from budgetguard.adapters.redis.keys import SHARDS
 from tests.e2e.admin import TenantUnderTest, monthly
 
 PATH = "/v1/chat/completions"
@@ -143,8 +146,9 @@ def test_a_redis_that_has_lost_its_data_makes_no_key_unknown(stack, new_tenant):
     calls_go_on(known)
     # The control plane would have told it all again within the second.
     stack.send("control_plane", signal.SIGSTOP)
+    url = stack.stack.supervisor.part("ext_authz").environment["REDIS_URL"]
     try:
-        with redis.Redis.from_url(stack.stack.supervisor.part("ext_authz").environment["REDIS_URL"]) as client:
+        with redis.Redis.from_url(url) as client:
             client.flushall()
         body = {"model": "gpt-4o-mini", "max_tokens": 5, "messages": ask(completion_tokens=1)}
         for tenant in (known, new):
@@ -158,3 +162,15 @@ def test_a_redis_that_has_lost_its_data_makes_no_key_unknown(stack, new_tenant):
     stranger = {"X-API-Key": new.key[:-1] + ("A" if new.key[-1] != "A" else "B")}
     answer = httpx.post(f"{new.base_url}{PATH}", json=body, headers=stranger, timeout=10)
     assert answer.status_code == 401
+    # Others use this stack too, and each shard opens by itself.
+    asyncio.run(every_shard_is_open(url))
+
+
+async def every_shard_is_open(url: str) -> None:
+    client = RedisClient(url)
+    epoch = Epoch(client)
+    deadline = time.monotonic() + RECOVERY_SECONDS
+    while set((await epoch.signed_off(range(SHARDS))).values()) != {await epoch.run_id()}:
+        assert time.monotonic() < deadline, "some shards stay closed"
+        await asyncio.sleep(0.1)
+    await client.close()
