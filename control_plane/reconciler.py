@@ -40,7 +40,9 @@ _LOOK_EVERY_SECONDS = 0.02
 SUM_SECONDS = 30.0
 # How often counters are brought to a correction while others compare them.
 _FOLLOW_TIMES = 20
-_FOLLOW_EVERY_SECONDS = 0.05
+# How often an administrator who waits asks again while somebody else compares; that takes about as long as the drain.
+_PATIENT_TIMES = 100
+_AGAIN_EVERY_SECONDS = 0.05
 
 # Counters read in one step of Redis.
 CHUNK = 200
@@ -112,12 +114,15 @@ class Reconciler:
         self._drain_seconds = drain_seconds
         self._sum_seconds = sum_seconds
 
-    async def compare(self, tenant_id: str, *, seeding_only: bool = False, follows: bool = False) -> Comparison:
+    async def compare(
+        self, tenant_id: str, *, seeding_only: bool = False, follows: bool = False, patient: bool = False
+    ) -> Comparison:
         """Compare and correct the counters of a tenant's budgets, by the snapshot that calls are decided by.
 
         ``follows``: what differs has a reason that is known (see ``follow``), so it is no alarm.
 
-        Incomplete when the counters are not ready, the ledger falls behind, or somebody else is comparing them.
+        Incomplete when the counters are not ready, the ledger falls behind, or somebody else is comparing them, with
+        ``patient`` for some seconds.
 
         Raises:
             DependencyUnavailableError, CountersUnavailableError: nothing is half done; compare again.
@@ -128,17 +133,23 @@ class Reconciler:
         specs = [spec for spec in snapshot.budgets if spec.seeding or not seeding_only]
         if not specs:
             return Comparison(complete=True)
-        # Two comparisons at a time would post a difference twice.
-        async with self._database.exclusive(f"reconcile {tenant_id}") as alone:
-            if not alone:
-                return Comparison(complete=False)
-            # Before the counters are read: a call that ends in between is in both, and told apart by its event.
-            holds = await self._book.live_holds(tenant_id)
-            dues = await self._dues(tenant_id, specs, holds)
-            found = [
-                await self._compare(tenant_id, dues[start : start + CHUNK], follows=follows)
-                for start in range(0, len(dues), CHUNK)
-            ]
+        for _ in range(_PATIENT_TIMES if patient else 1):
+            # Two comparisons at a time would post a difference twice.
+            async with self._database.exclusive(f"reconcile {tenant_id}") as alone:
+                if alone:
+                    return await self._compare_specs(tenant_id, specs, follows=follows)
+            # Without a connection: those who wait must not keep the one that they wait for from its work.
+            await asyncio.sleep(_AGAIN_EVERY_SECONDS if patient else 0)
+        return Comparison(complete=False)
+
+    async def _compare_specs(self, tenant_id: str, specs: Sequence[BudgetSpec], *, follows: bool) -> Comparison:
+        # Before the counters are read: a call that ends in between is in both, and told apart by its event.
+        holds = await self._book.live_holds(tenant_id)
+        dues = await self._dues(tenant_id, specs, holds)
+        found = [
+            await self._compare(tenant_id, dues[start : start + CHUNK], follows=follows)
+            for start in range(0, len(dues), CHUNK)
+        ]
         return Comparison(
             complete=all(part.complete for part in found),
             waiting=any(part.waiting for part in found),
@@ -157,7 +168,7 @@ class Reconciler:
         for _ in range(_FOLLOW_TIMES):
             if (await self.compare(tenant_id, follows=True)).complete:
                 return True
-            await asyncio.sleep(_FOLLOW_EVERY_SECONDS)
+            await asyncio.sleep(_AGAIN_EVERY_SECONDS)
         return False
 
     async def ledger_has_all(self, tenant_id: str) -> bool:

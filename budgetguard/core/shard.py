@@ -6,6 +6,7 @@ drive both with the same events and compare every answer and the whole state. Ad
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from budgetguard.core.budget import (
     FORGOTTEN_CHARGED_MS,
@@ -55,6 +56,7 @@ class Operation:
 class Shard:
     """Everything that Redis keeps for the tenants of one shard; keys are tuples of ids.
 
+    ``epoch`` is the process that the shard is open for, or the name of the opening that it is in.
     ``subjects`` has, by template and window, when each subject was last seen, in Unix milliseconds.
     """
 
@@ -262,9 +264,39 @@ def _free(shard: Shard, tenant_id: str, operation: Operation, *, held: bool, nan
             shard.counters[(tenant_id, name.key)] = counter
 
 
-def write_counter(shard: Shard, *, tenant_id: str, counter: str, spent: int | Mapping[int, int], run_id: str) -> bool:
-    """Set what a counter has spent, for a rebuild, by bucket if it rolls; ``False`` when the shard is in use."""
-    if shard.epoch == run_id:
+class SignOff(Enum):
+    """What became of opening a shard: ``BEHIND`` is to be rebuilt, ``LOST`` to be begun again."""
+
+    OPENED = "OPENED"
+    BEHIND = "BEHIND"
+    LOST = "LOST"
+
+
+def sign_off(
+    shard: Shard,
+    *,
+    opening: str,
+    began_with: str,
+    run_id: str,
+    newest_event: tuple[int, int],
+    position: tuple[int, int],
+    rebuilt: bool,
+) -> SignOff:
+    """Open a shard whose stream has come as far as the ledger, or whose counters were rebuilt from there.
+
+    ``began_with`` is the process that the opening began with, ``run_id`` the one that is asked.
+    """
+    if shard.epoch != opening or began_with != run_id:
+        return SignOff.LOST
+    if newest_event < position and not rebuilt:
+        return SignOff.BEHIND
+    shard.epoch = run_id
+    return SignOff.OPENED
+
+
+def write_counter(shard: Shard, *, tenant_id: str, counter: str, spent: int | Mapping[int, int], opening: str) -> bool:
+    """Set what a counter has spent, for a rebuild, by bucket if it rolls; ``False`` when it is not in this opening."""
+    if shard.epoch != opening:
         return False
     name = read_name(counter)
     standing = as_of(shard.counters.get((tenant_id, name.key), Counter()), name)
@@ -293,12 +325,12 @@ def _at_buckets(name: CounterName, deltas: Mapping[int, int]) -> list[tuple[Coun
     return [(replace(name, bucket=bucket), delta) for bucket, delta in deltas.items()]
 
 
-def remember_ended(shard: Shard, remembered: RememberedEnd, *, run_id: str) -> bool:
-    """Write the marker of an end that the ledger has, for a rebuild; ``False`` when the shard is in use.
+def remember_ended(shard: Shard, remembered: RememberedEnd, *, opening: str) -> bool:
+    """Write the marker of an end that the ledger has, for a rebuild; ``False`` when the shard is not in this opening.
 
     A hold of that operation, which a rolled-back Redis has revived, is dropped.
     """
-    if shard.epoch == run_id:
+    if shard.epoch != opening:
         return False
     operation_key = (remembered.tenant_id, remembered.operation_id)
     operation = shard.operations.get(operation_key)

@@ -63,12 +63,14 @@ class SnapshotPublisher:
         await self._counters.publish_tenant(snapshot)
         if wait and any(spec.seeding for spec in snapshot.budgets):
             try:
-                await self.give_past(tenant_id)
+                await self.give_past(tenant_id, patient=True)
             except (DependencyUnavailableError, CountersUnavailableError):
                 logger.warning("new budgets of %s are enforced later", tenant_id, exc_info=True)
 
-    async def give_past(self, tenant_id: str) -> bool:
+    async def give_past(self, tenant_id: str, *, patient: bool = False) -> bool:
         """Give new counters what the ledger has, then publish that they are enforced; ``False``: not yet.
+
+        ``patient``: also when somebody else compares them at the moment.
 
         Raises:
             DependencyUnavailableError, CountersUnavailableError: to be done again.
@@ -78,7 +80,7 @@ class SnapshotPublisher:
             seeding = [spec for spec in published.budgets if spec.seeding]
             if not seeding:
                 return True
-            comparison = await self._reconciler.compare(tenant_id, seeding_only=True)
+            comparison = await self._reconciler.compare(tenant_id, seeding_only=True, patient=patient)
             if not comparison.complete:
                 return False
             for spec in seeding:

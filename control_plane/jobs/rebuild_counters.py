@@ -4,12 +4,15 @@ A Redis that was restarted with its data has every event that the ledger has, an
 that is empty, older or another has a stream that ends before what the ledger has: its counters are written anew.
 
 What is right is opened first. The rest is rebuilt shard by shard: one whose rebuild fails stays closed, no other does.
+
+All of a run is one opening of the closed shards. What Redis loses meanwhile takes the opening's name with it; then
+nothing more is written or opened, and another run begins with what is left.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from uuid import uuid4
 
 from budgetguard.adapters.postgres.ledger import LastWord, LedgerRepository
@@ -17,13 +20,13 @@ from budgetguard.adapters.postgres.ledger_activity import HELD_BEFORE_S
 from budgetguard.adapters.postgres.ledger_sums import LedgerSums
 from budgetguard.adapters.postgres.pool import Database
 from budgetguard.adapters.postgres.tenants import TenantRepository
-from budgetguard.adapters.redis.epoch import Epoch
+from budgetguard.adapters.redis.epoch import Epoch, Opening
 from budgetguard.adapters.redis.keys import SHARDS, shard_of
 from budgetguard.adapters.redis.reconciling import CounterBook
 from budgetguard.core.budget import RememberedEnd, applied_budgets
 from budgetguard.core.counter import counter_name
-from budgetguard.core.events import entry_order
 from budgetguard.core.operation import ENDED_KEPT_MS
+from budgetguard.core.shard import SignOff
 from budgetguard.core.snapshot import BudgetSpec, Status, TenantSnapshot
 from budgetguard.core.window import Window
 from control_plane.jobs.drain_usage import READ_COUNT, LedgerWriter
@@ -42,6 +45,10 @@ HELD_BEFORE_MS = HELD_BEFORE_S * 1000
 SUM_SECONDS = 120.0
 # Markers written at the same time.
 CONCURRENT = 32
+
+
+class OpeningLostError(RuntimeError):
+    """Redis was restarted or emptied since the opening began, or another worker began one: the next run looks anew."""
 
 
 class _TenantNotRebuiltError(RuntimeError):
@@ -94,7 +101,10 @@ class RebuildCounters:
             return False
         async with self._database.exclusive(self.name) as alone:
             if alone:
-                await self._rebuild(await self._make_ready(run_id), run_id)
+                try:
+                    await self._open(run_id)
+                except OpeningLostError:
+                    logger.warning("job=%s run_id=%s: Redis lost data meanwhile, beginning again", self.name, run_id)
         return False
 
     async def _due(self, run_id: str) -> list[int]:
@@ -102,19 +112,19 @@ class RebuildCounters:
         signed_off = await self._epoch.signed_off(range(SHARDS))
         return self._turns.due(shard for shard, signed in signed_off.items() if signed != run_id)
 
-    async def _make_ready(self, run_id: str) -> list[int]:
-        """Sign off the shards that are right as they are; returns those that are to be rebuilt."""
+    async def _open(self, run_id: str) -> None:
         due = await self._due(run_id)
         for fault in await self._epoch.faults():
             logger.error("alarm=redis_settings fault=%r", fault)
+        opening = await self._epoch.begin_opening(due, run_id)
         # Before any call is admitted: what it may spend, and which keys are revoked.
         published = await self._publisher.sweep()
         await self._epoch.mark_incarnation()
-        behind = await self._sign_off(due, run_id)
+        behind = await self._sign_off_whole(due, opening)
         logger.info("job=%s run_id=%s signed_off=%d published=%d", self.name, run_id, len(due) - len(behind), published)
-        return behind
+        await self._rebuild(behind, opening)
 
-    async def _sign_off(self, shards: Sequence[int], run_id: str) -> list[int]:
+    async def _sign_off_whole(self, shards: Sequence[int], opening: Opening) -> list[int]:
         """Sign off the shards that have all that the ledger has; returns the others.
 
         What the ledger has is read here, at the last moment: another worker may just have written what it had taken
@@ -123,33 +133,28 @@ class RebuildCounters:
         positions = await self._ledger.positions()
         behind = []
         for shard in shards:
-            if await self._has_all(shard, positions):
-                await self._epoch.sign_off(shard, run_id)
-            else:
+            answer = await self._epoch.sign_off(opening, shard, position=positions.get(shard, (0, 0)))
+            if answer is SignOff.LOST:
+                raise OpeningLostError
+            if answer is SignOff.BEHIND:
                 behind.append(shard)
         return behind
 
-    async def _has_all(self, shard: int, positions: Mapping[int, tuple[int, int]]) -> bool:
-        if shard not in positions:
-            return True
-        return entry_order(await self._epoch.stream_last_id(shard)) >= positions[shard]
-
-    async def _rebuild(self, shards: Sequence[int], run_id: str) -> None:
+    async def _rebuild(self, shards: Sequence[int], opening: Opening) -> None:
         """Rebuild and open one shard after the other."""
         if not shards:
             return
         logger.warning(
-            "job=%s run_id=%s rebuilding=%d: Redis lost usage that the ledger has", self.name, run_id, len(shards)
+            "job=%s run_id=%s rebuilding=%d: Redis lost usage that the ledger has",
+            *(self.name, opening.run_id, len(shards)),
         )
         tenants = await self._tenants_of(shards)
         self._turns.begin()
         for shard in shards:
-            if await self._epoch.run_id() != run_id:
-                return  # what is lost now, and what is right, is to be found out anew
-            with self._turns.apart(shard):
-                written = await self._rebuild_shard(shard, tenants[shard])
-                if await self._sign_off([shard], run_id):
-                    raise RuntimeError("the ledger was given usage of an earlier Redis meanwhile")
+            if await self._epoch.run_id() != opening.run_id:
+                raise OpeningLostError  # that it would be told so at the end is no reason to do the work
+            with self._turns.apart(shard, but=OpeningLostError):
+                written = await self._rebuild_shard(shard, tenants[shard], opening)
                 logger.info("job=%s shard=%d counters=%d", self.name, shard, written)
 
     async def _tenants_of(self, shards: Collection[int]) -> dict[int, list[str]]:
@@ -162,21 +167,27 @@ class RebuildCounters:
             after = page[-1][0]
         return found
 
-    async def _rebuild_shard(self, shard: int, tenant_ids: Sequence[str]) -> int:
-        """Write the counters of a shard's tenants; returns how many. The first that fails leaves the shard as it is."""
-        await self._epoch.begin_rebuild(shard)
-        # From here on nothing is written to its stream: what is left in it goes to the ledger first.
+    async def _rebuild_shard(self, shard: int, tenant_ids: Sequence[str], opening: Opening) -> int:
+        """Write the counters of a shard's tenants and open it; returns how many.
+
+        The first tenant that fails leaves the shard closed, and as lost as it looks.
+        """
+        # Nothing is written to its stream now: what is left in it goes to the ledger first.
         await self._drain(shard)
         position = await self._sums.position(shard)
         written = 0
         for tenant_id in tenant_ids:
             try:
-                written += await self._rebuild_tenant(tenant_id)
+                written += await self._rebuild_tenant(tenant_id, opening)
+            except OpeningLostError:
+                raise
             except Exception as error:
                 raise _TenantNotRebuiltError(f"tenant {tenant_id}: {error!r}") from error
-        # Last of all: until then a shard looks as lost as it is. From then on a sum of the ledger "up to an event" has
-        # all that the counters were just given.
-        await self._writer.events.continue_after(shard, position)
+        if await self._sums.position(shard) > position:
+            raise RuntimeError("the ledger was given usage of an earlier Redis meanwhile")
+        # From here on a sum of the ledger "up to an event" has all that the counters were just given.
+        if await self._epoch.sign_off(opening, shard, position=position, rebuilt=True) is SignOff.LOST:
+            raise OpeningLostError
         return written
 
     async def _drain(self, shard: int) -> None:
@@ -187,7 +198,7 @@ class RebuildCounters:
         while entries := await events.read([shard], consumer=consumer, count=READ_COUNT):
             await self._writer.write(entries)
 
-    async def _rebuild_tenant(self, tenant_id: str) -> int:
+    async def _rebuild_tenant(self, tenant_id: str, opening: Opening) -> int:
         """Bring a tenant's counters and operations to what the ledger has; returns how many counters."""
         snapshot = await self._tenants.snapshot(tenant_id)
         if snapshot.status is Status.DELETED:
@@ -196,11 +207,13 @@ class RebuildCounters:
         written = 0
         for spec in snapshot.budgets:
             for window in windows_around(spec, now_ms):
-                written += await self._write_counters(tenant_id, spec, window, now_ms)
-        await self._remember_ends(snapshot, now_ms)
+                written += await self._write_counters(tenant_id, spec, window, opening, now_ms)
+        await self._remember_ends(snapshot, opening, now_ms)
         return written
 
-    async def _write_counters(self, tenant_id: str, spec: BudgetSpec, window: Window, now_ms: int) -> int:
+    async def _write_counters(
+        self, tenant_id: str, spec: BudgetSpec, window: Window, opening: Opening, now_ms: int
+    ) -> int:
         """Write the counters that a budget has in a window: of a template, each subject's that has spent lately."""
         within_s = self._sum_seconds
         sums = await self._sums.spent(tenant_id, spec, window, within_s=within_s)
@@ -212,11 +225,11 @@ class RebuildCounters:
         for subject in subjects:
             of_subject = {bucket: nanos for (whose, bucket), nanos in sums.items() if whose == subject}
             name = counter_name(spec, window, subject)
-            if not await self._epoch.write_counter(tenant_id, name, counted(of_subject), now_ms=now_ms):
-                raise RuntimeError(f"shard {shard_of(tenant_id)} was signed off while it was rebuilt")
+            if not await self._epoch.write_counter(opening, tenant_id, name, counted(of_subject), now_ms=now_ms):
+                raise OpeningLostError
         return len(subjects)
 
-    async def _remember_ends(self, snapshot: TenantSnapshot, now_ms: int) -> None:
+    async def _remember_ends(self, snapshot: TenantSnapshot, opening: Opening, now_ms: int) -> None:
         """Write the ends that may be sent again, and drop the holds, of whatever age, whose end the ledger has."""
         holds = await self._book.live_holds(snapshot.tenant_id)
         held_at_ms = {hold.facts.operation_id: hold.facts.held_at_ms for hold in holds}
@@ -231,7 +244,11 @@ class RebuildCounters:
         ends = [w for w in words if held_at_ms.get(w.facts.operation_id, w.facts.held_at_ms) == w.facts.held_at_ms]
         for start in range(0, len(ends), CONCURRENT):
             chunk = ends[start : start + CONCURRENT]
-            await asyncio.gather(*(self._epoch.remember_ended(_remembered(snapshot, word)) for word in chunk))
+            written = await asyncio.gather(
+                *(self._epoch.remember_ended(opening, _remembered(snapshot, word)) for word in chunk)
+            )
+            if not all(written):
+                raise OpeningLostError
 
 
 def _remembered(snapshot: TenantSnapshot, word: LastWord) -> RememberedEnd:

@@ -46,14 +46,16 @@ class Turns(Generic[Key]):
         self._in_a_row = 0
 
     @contextmanager
-    def apart(self, key: Key) -> Iterator[None]:
+    def apart(self, key: Key, *, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
         """Do one's work in this: its failure is logged and ends no more than that, until ``FAILURES_MAX`` in a row.
 
         Raises:
-            Exception: that last failure; the pass is to be given up.
+            Exception: that last failure, or one of ``but``, which is no key's own; the pass is to be given up.
         """
         try:
             yield
+        except but:
+            raise
         except Exception as error:
             self._note(key, error)
             self._in_a_row += 1

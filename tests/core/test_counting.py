@@ -220,9 +220,9 @@ def test_a_rolling_counter_is_corrected_and_written_bucket_by_bucket():
     assert correct_counter(shard, tenant_id="acme", counter=name, deltas=deltas, seed=1, run_id="run")
     expected = Counter(18, 0, 1, SECOND - 60, SECOND, {SECOND - 60: (7, 0), SECOND: (11, 0)})
     assert rolling(shard) == expected
-    shard.epoch = None
+    shard.epoch = "opening"
     rolling(shard).buckets[SECOND - 1] = (3, 4)
     spent = {SECOND - 61: 9, SECOND - 2: 2}
-    assert write_counter(shard, tenant_id="acme", counter=name, spent=spent, run_id="run")
+    assert write_counter(shard, tenant_id="acme", counter=name, spent=spent, opening="opening")
     assert rolling(shard).buckets == {SECOND - 60: (0, 0), SECOND - 2: (2, 0), SECOND - 1: (0, 4), SECOND: (0, 0)}
     assert rolling(shard).spent == 2

@@ -14,12 +14,14 @@ from budgetguard.core.operation import LEASE_MS, End
 from budgetguard.core.reserving import reserve
 from budgetguard.core.shard import (
     Shard,
+    SignOff,
     expire,
     load_records,
     publish,
     remember_ended,
     renew,
     settle,
+    sign_off,
     write_counter,
 )
 from budgetguard.core.snapshot import Mode, SubjectKind, WindowKind
@@ -319,9 +321,9 @@ def test_a_rebuild_writes_spent_and_drops_holds_that_had_ended():
     shard, tenant = a_shard(), a_tenant(a_budget("b1", 1000))
     told = ask(shard, tenant)
     kept = ask(shard, tenant, operation_id="op-2")
-    shard.epoch = None
-    assert remember_ended(shard, REMEMBERED, run_id="run")
-    assert write_counter(shard, tenant_id="acme", counter="b1:1:0:", spent=40, run_id="run")
+    shard.epoch = "opening"
+    assert remember_ended(shard, REMEMBERED, opening="opening")
+    assert write_counter(shard, tenant_id="acme", counter="b1:1:0:", spent=40, opening="opening")
     shard.epoch = "run"
     assert shard.counters[B1] == Counter(40, kept.hold_nanos)
     assert set(shard.leases) == {("acme", "op-2")}
@@ -330,18 +332,51 @@ def test_a_rebuild_writes_spent_and_drops_holds_that_had_ended():
 
 
 def test_a_rebuild_remembers_ends_of_operations_that_redis_has_lost_or_has_already():
-    shard = Shard()
-    assert remember_ended(shard, REMEMBERED, run_id="run")
+    shard = Shard(epoch="opening")
+    assert remember_ended(shard, REMEMBERED, opening="opening")
     once = shard.operations[("acme", "op-1")]
-    assert remember_ended(shard, REMEMBERED, run_id="run")
+    assert remember_ended(shard, REMEMBERED, opening="opening")
     assert shard.operations == {("acme", "op-1"): once}
 
 
-def test_a_shard_in_use_is_not_rebuilt():
-    shard = a_shard()
-    assert not remember_ended(shard, REMEMBERED, run_id="run")
-    assert not write_counter(shard, tenant_id="acme", counter="b1:1:0:", spent=40, run_id="run")
-    assert shard.operations == shard.counters == {}
+@pytest.mark.parametrize("epoch", ["run", "another opening", None])
+def test_a_shard_that_is_in_use_in_another_opening_or_lost_is_not_rebuilt(epoch):
+    shard = Shard(epoch=epoch)
+    assert not remember_ended(shard, REMEMBERED, opening="opening")
+    assert not write_counter(shard, tenant_id="acme", counter="b1:1:0:", spent=40, opening="opening")
+    assert shard == Shard(epoch=epoch)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "began_with", "newest", "rebuilt", "answer"),
+    [
+        ("opening", "run", (7, 1), False, SignOff.OPENED),
+        ("opening", "run", (8, 0), False, SignOff.OPENED),
+        ("opening", "run", (7, 0), False, SignOff.BEHIND),
+        ("opening", "run", (0, 0), False, SignOff.BEHIND),
+        ("opening", "run", (0, 0), True, SignOff.OPENED),
+        ("opening", "run before", (8, 0), False, SignOff.LOST),
+        ("opening", "run before", (0, 0), True, SignOff.LOST),
+        ("another opening", "run", (8, 0), True, SignOff.LOST),
+        (None, "run", (8, 0), False, SignOff.LOST),
+        (None, "run", (0, 0), True, SignOff.LOST),
+    ],
+)
+def test_a_shard_is_opened_only_with_all_that_the_ledger_has_and_in_its_opening(
+    epoch, began_with, newest, rebuilt, answer
+):
+    shard = Shard(epoch=epoch)
+    told = sign_off(
+        shard,
+        opening="opening",
+        began_with=began_with,
+        run_id="run",
+        newest_event=newest,
+        position=(7, 1),
+        rebuilt=rebuilt,
+    )
+    assert told is answer
+    assert shard == Shard(epoch="run" if answer is SignOff.OPENED else epoch)
 
 
 class Money(RuleBasedStateMachine):

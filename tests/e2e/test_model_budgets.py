@@ -1,5 +1,6 @@
 """A budget of a model holds for every name that the model is called by."""
 
+import time
 from decimal import Decimal
 
 import httpx
@@ -43,6 +44,9 @@ def test_all_spellings_have_one_share_of_a_template_and_a_budget_made_later_coun
     spent = sum(Decimal(row["deltaUsd"]) for row in rows)
     made = tenant.http.post(f"/v1/admin/tenants/{tenant.tenant_id}/budgets", json=lifetime(model=FAMILY))
     assert made.status_code == 200, made.text
+    deadline = time.monotonic() + 20
+    while tenant.http.get(f"/v1/admin/budgets/{made.json()['id']}").json()["state"] == "SEEDING":
+        assert time.monotonic() < deadline, "it never got its past"
     url = f"{tenant.base_url}/v1/budgetguard/budgets"
     for model in SPELLINGS:
         listed = httpx.get(url, headers=tenant.headers, params={"model": model}, timeout=20).json()["budgets"]

@@ -1,8 +1,11 @@
 """Calls to reserve and end, spelled shortly for tests."""
 
+from budgetguard.adapters.redis import keys
+from budgetguard.adapters.redis.client import RedisClient
 from budgetguard.adapters.redis.counters import Counters
 from budgetguard.adapters.redis.reconciling import CounterBook
 from budgetguard.core.budget import Reserve, Reserved, Settlement
+from budgetguard.core.events import entry_order
 from budgetguard.core.handoff import Handoff
 from budgetguard.core.operation import End, OperationFacts
 from budgetguard.core.pricing import DEFAULT_TIER, RateCard
@@ -85,6 +88,14 @@ def the_handoff(request: Reserve, reserved: Reserved) -> Handoff:
 def a_settlement(handoff: Handoff, amount_nanos: int, end: End = End.CONFIRMED, **changes) -> Settlement:
     fields = {"usage": None, "ended_at_ms": handoff.facts.held_at_ms + 500, "status": 200, **changes}
     return Settlement(handoff=handoff, end=end, amount_nanos=amount_nanos, **fields)
+
+
+async def newest_event(redis: RedisClient, shard: int) -> tuple[int, int]:
+    """Read how far a shard's stream has come, as (ms, sequence)."""
+    if not await redis.command("EXISTS", keys.usage(shard)):
+        return 0, 0
+    stream = await redis.command("XINFO", "STREAM", keys.usage(shard))
+    return entry_order(stream[stream.index("last-generated-id") + 1])
 
 
 async def live_holds(counters: Counters, tenant_id: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +16,8 @@ import pytest
 
 from budgetguard.adapters.redis import keys
 from budgetguard.adapters.redis.client import CountersUnavailableError, RedisClient
-from budgetguard.adapters.redis.epoch import Epoch
+from budgetguard.adapters.redis.epoch import Epoch, Opening
+from budgetguard.core.shard import SignOff
 
 ALL_SHARDS = range(keys.SHARDS)
 
@@ -123,9 +124,21 @@ async def ready_redis(redis: RedisClient) -> RedisClient:
 
 
 async def sign_off_all(client: RedisClient) -> str:
-    run_id = await Epoch(client).run_id()
+    """Open every shard as it is; answers the id of the Redis process."""
+    await Epoch(client).mark_incarnation()
+    return await sign_off(client, ALL_SHARDS)
+
+
+async def sign_off(client: RedisClient, shards: Sequence[int]) -> str:
     epoch = Epoch(client)
-    await epoch.mark_incarnation()
-    for shard in ALL_SHARDS:
-        await epoch.sign_off(shard, run_id)
+    run_id = await epoch.run_id()
+    opening = await epoch.begin_opening(shards, run_id)
+    for shard in shards:
+        assert await epoch.sign_off(opening, shard) is SignOff.OPENED
     return run_id
+
+
+async def close_shards(client: RedisClient, shards: Sequence[int]) -> Opening:
+    """Close shards as the beginning of a rebuild does."""
+    epoch = Epoch(client)
+    return await epoch.begin_opening(shards, await epoch.run_id())

@@ -1,24 +1,36 @@
 """Whether the counters may be trusted: sign-off of each shard for one Redis process, and their rebuild.
 
 A shard whose epoch is not the running process' id admits and settles nothing. The control plane compares the shard
-with the ledger, rebuilds what is missing, then signs it off.
+with the ledger, rebuilds what is missing, then signs it off. Until then the epoch names the opening: data that Redis
+loses meanwhile takes that name with it, and nothing is opened on what is left.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from uuid import uuid4
 
 from budgetguard.adapters.redis import keys
-from budgetguard.adapters.redis.client import RedisClient, RedisReplyError
+from budgetguard.adapters.redis.client import RedisClient
 from budgetguard.adapters.redis.scripts import Script, ScriptRunner, info_field, run_id_of
 from budgetguard.adapters.redis.spelling import all_counter_arguments, commands_to_remember, counter_arguments
 from budgetguard.core.budget import RememberedEnd
 from budgetguard.core.counter import read_name
 from budgetguard.core.events import join_counters, split_counters
 from budgetguard.core.operation import ENDED_KEPT_MS
+from budgetguard.core.shard import SignOff
 
 WRITE_COUNTER = Script("write_counter")
 REMEMBER_ENDED = Script("remember_ended")
+SIGN_OFF = Script("sign_off")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """One attempt at opening closed shards: the Redis process that it began with, and the name it has left there."""
+
+    run_id: str
+    name: str
 
 
 class Epoch:
@@ -40,25 +52,40 @@ class Epoch:
         epochs = await self._redis.pipeline([("GET", keys.epoch(shard)) for shard in shards])
         return dict(zip(shards, epochs, strict=True))
 
-    async def sign_off(self, shard: int, run_id: str) -> None:
-        """Declare the shard's counters right.
-
-        ``run_id`` is the one read before they were checked: if Redis was restarted since, this opens nothing.
-        """
-        await self._redis.command("MSET", keys.epoch(shard), run_id, keys.generation(shard), uuid4().hex)
-
     async def mark_incarnation(self) -> None:
         """Name the data that this Redis has, unless they have a name: lost with them, it is another one afterwards."""
         await self._redis.command("SET", keys.incarnation(), uuid4().hex, "NX")
 
-    async def begin_rebuild(self, shard: int) -> None:
-        """Close the shard: from here on nothing but the rebuild writes its counters."""
-        await self._redis.command("DEL", keys.epoch(shard))
+    async def begin_opening(self, shards: Iterable[int], run_id: str) -> Opening:
+        """Close shards until they are signed off: from here on nothing but this opening writes their counters.
 
-    async def write_counter(self, tenant_id: str, counter: str, spent: int | Mapping[int, int], *, now_ms: int) -> bool:
+        ``run_id`` is the process that was found to be running; if Redis was restarted since, this will open nothing.
+        """
+        opening = Opening(run_id=run_id, name=f"opening-{uuid4().hex}")
+        await self._redis.pipeline([("SET", keys.epoch(shard), opening.name) for shard in shards])
+        return opening
+
+    async def sign_off(
+        self, opening: Opening, shard: int, *, position: tuple[int, int] = (0, 0), rebuilt: bool = False
+    ) -> SignOff:
+        """Declare the shard's counters right, if nothing was lost since the opening began.
+
+        ``position`` is the newest event that the ledger has, as (ms, sequence). ``rebuilt``: the counters were written
+        from the ledger as of that position, and the stream, of which nothing is left to be read, goes on after it.
+        """
+        answer = await self._scripts.run(
+            SIGN_OFF,
+            [keys.epoch(shard), keys.generation(shard), keys.usage(shard)],
+            [opening.name, opening.run_id, uuid4().hex, *position, int(rebuilt), keys.LEDGER_GROUP],
+        )
+        return SignOff(answer)
+
+    async def write_counter(
+        self, opening: Opening, tenant_id: str, counter: str, spent: int | Mapping[int, int], *, now_ms: int
+    ) -> bool:
         """Set what a counter has spent, by bucket if it rolls; what it holds is left alone.
 
-        ``False`` when the shard is in use.
+        ``False`` when the shard is not in this opening, or not any more.
         """
         name = read_name(counter)
         kept_until_ms, _, bucket, number = counter_arguments(name, now_ms)
@@ -66,24 +93,24 @@ class Epoch:
         written = await self._scripts.run(
             WRITE_COUNTER,
             [keys.epoch(keys.shard_of(tenant_id)), keys.counter(tenant_id, counter)],
-            [kept_until_ms, bucket, number, *amounts],
+            [opening.name, kept_until_ms, bucket, number, *amounts],
         )
         if written:
             await self._redis.pipeline(commands_to_remember(tenant_id, name, now_ms))
         return bool(written)
 
-    async def remember_ended(self, remembered: RememberedEnd) -> bool:
+    async def remember_ended(self, opening: Opening, remembered: RememberedEnd) -> bool:
         """Write the marker of an end that the ledger has, so that its replay charges nothing.
 
         To be done before the sign-off for every operation that ended in the last ``ENDED_KEPT_MS``; a hold of that
-        operation, which a rolled-back Redis has revived, is dropped. ``False`` when the shard is in use.
+        operation, which a rolled-back Redis has revived, is dropped. ``False`` when the shard is not in this opening.
         """
-        reply = await self._remember_ended(remembered, remembered.counters)
+        reply = await self._remember_ended(opening, remembered, remembered.counters)
         if reply[0] == "COUNTERS":
-            reply = await self._remember_ended(remembered, split_counters(reply[1]))
+            reply = await self._remember_ended(opening, remembered, split_counters(reply[1]))
         return reply[0] == "REMEMBERED"
 
-    async def _remember_ended(self, remembered: RememberedEnd, names: Sequence[str]) -> list[str]:
+    async def _remember_ended(self, opening: Opening, remembered: RememberedEnd, names: Sequence[str]) -> list[str]:
         shard = keys.shard_of(remembered.tenant_id)
         reply: list[str] = await self._scripts.run(
             REMEMBER_ENDED,
@@ -94,6 +121,7 @@ class Epoch:
                 *keys.counters(remembered.tenant_id, names),
             ],
             [
+                opening.name,
                 remembered.end.value,
                 remembered.amount_nanos,
                 remembered.hold_nanos,
@@ -107,17 +135,6 @@ class Epoch:
             ],
         )
         return reply
-
-    async def stream_last_id(self, shard: int) -> str:
-        """Return the id of the last event that the shard's stream was ever given, also a trimmed one."""
-        try:
-            reply = await self._redis.command("XINFO", "STREAM", keys.usage(shard))
-        except RedisReplyError as error:
-            if error.says("no such key"):
-                return "0-0"
-            raise
-        fields = dict(zip(reply[::2], reply[1::2], strict=True))
-        return str(fields["last-generated-id"])
 
     async def faults(self) -> tuple[str, ...]:
         """Say what is wrong with how this Redis is set up; empty when money is safe in it."""

@@ -17,7 +17,7 @@ class UsageEvents:
     method may raise ``CountersUnavailableError``.
     """
 
-    def __init__(self, redis: RedisClient, *, group: str = "ledger") -> None:
+    def __init__(self, redis: RedisClient, *, group: str = keys.LEDGER_GROUP) -> None:
         self._redis = redis
         self._scripts = ScriptRunner(redis)
         self._group = group
@@ -92,15 +92,6 @@ class UsageEvents:
         delivered = next(group["last-delivered-id"] for group in fields if group["name"] == self._group)
         wanted = entry_order(event_id)
         return entry_order(delivered) >= wanted and (not pending or entry_order(oldest) > wanted)
-
-    async def continue_after(self, shard: int, position: tuple[int, int]) -> None:
-        """Number a shard's next events after this one: the ledger has it, and the stream may have lost it.
-
-        To be done while the shard is closed and empty. Readers then begin after it, too.
-        """
-        await self._create_groups([shard])
-        stream, event_id = keys.usage(shard), f"{position[0]}-{position[1]}"
-        await self._redis.pipeline([("XSETID", stream, event_id), ("XGROUP", "SETID", stream, self._group, event_id)])
 
     async def backlog(self, shards: Sequence[int]) -> dict[int, int]:
         """Count each shard's events that are not trimmed, in one trip."""

@@ -9,6 +9,8 @@ from urllib.parse import quote, unquote
 from budgetguard.core.counter import read_name
 
 SHARDS = 256
+# Who reads the usage streams.
+LEDGER_GROUP = "ledger"
 _PLAIN = re.compile(r"[A-Za-z0-9._~-]*")
 
 
@@ -18,7 +20,7 @@ def shard_of(tenant_id: str) -> int:
 
 
 def epoch(shard: int) -> str:
-    """String: the run id of the Redis process that the control plane has signed off for this shard."""
+    """String: the run id of the Redis process that the control plane has signed off, or the name of an opening."""
     return f"bg:{{{shard:02x}}}:epoch"
 
 

@@ -25,7 +25,7 @@ from tests.plugins.redis_calls import (
     live_holds,
     the_handoff,
 )
-from tests.plugins.redis_server import sign_off_all
+from tests.plugins.redis_server import close_shards, sign_off, sign_off_all
 
 SHARD = keys.shard_of("acme")
 B1 = "b1:1:0:"
@@ -170,7 +170,7 @@ async def test_a_killed_redis_loses_nothing_acknowledged_and_admits_nothing_unti
     assert await counters.read_counters("acme", [B1]) == [(2100, 1000)]
 
     assert (await epoch.signed_off([SHARD]))[SHARD] != await epoch.run_id()
-    await epoch.sign_off(SHARD, await epoch.run_id())
+    await sign_off(redis, [SHARD])
     assert await counters.settle(late, now_ms=the_time_ms()) == Settled(end=End.CONFIRMED, amount_nanos=70, sequence=1)
     assert isinstance(await counters.reserve(ask(operation_id="op-99")), Reserved)
     # What was settled before is remembered across the restart.
@@ -241,8 +241,11 @@ async def test_records_are_loaded_for_sure_only_while_their_shard_is_signed_off(
     both = CallerRecords(tenant=a_tenant(), key=a_key())
     assert await counters.load_records("acme", KEY_ID) == both
     assert await counters.load_records("acme", "x") == CallerRecords(tenant=None, key=None)
-    epoch = Epoch(ready_redis)
-    for lose in (epoch.begin_rebuild(SHARD), epoch.sign_off(SHARD, "another-run"), ready_redis.command("FLUSHALL")):
+    for lose in (
+        close_shards(ready_redis, [SHARD]),
+        ready_redis.command("SET", keys.epoch(SHARD), "another-run"),
+        ready_redis.command("FLUSHALL"),
+    ):
         await lose
         for key_id in (KEY_ID, "x"):
             assert await counters.load_records("acme", key_id) == NotReady()

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from budgetguard.adapters.redis import keys
 from budgetguard.adapters.redis.client import RedisClient
 from budgetguard.adapters.redis.counters import Counters
-from budgetguard.adapters.redis.epoch import Epoch
 from budgetguard.core import reserving
 from budgetguard.core import shard as reference
 from budgetguard.core.budget import Reserved
@@ -21,6 +20,7 @@ from budgetguard.core.shard import Shard
 from budgetguard.core.snapshot import Mode
 from tests.adapters.redis.test_reference import SHARD, read_shard
 from tests.plugins.redis_calls import KEY_ID, a_budget, a_key, a_reserve, a_tenant
+from tests.plugins.redis_server import sign_off
 
 AMOUNTS = st.one_of(st.integers(0, 2000), st.integers(2**53 - 2000, 2**53 + 2000), st.integers(0, COUNTER_NANOS_MAX))
 # Room that is left beside what is spent and held, and what is asked for: around each other.
@@ -40,8 +40,7 @@ async def compare(url, budgets, mores, forces):
     redis = RedisClient(url, timeout_seconds=10)
     try:
         await redis.command("FLUSHALL")
-        run_id = await Epoch(redis).run_id()
-        await Epoch(redis).sign_off(SHARD, run_id)
+        run_id = await sign_off(redis, [SHARD])
         counters, shard = Counters(redis), Shard(epoch=run_id)
         specs = [
             a_budget(f"b{number}", min(spent + 100 + max(room, 0), COUNTER_NANOS_MAX), mode=mode)

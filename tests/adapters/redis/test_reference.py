@@ -32,11 +32,11 @@ from budgetguard.core.extension import CounterLimit, Extension
 from budgetguard.core.money import CALL_NANOS_MAX, COUNTER_NANOS_MAX
 from budgetguard.core.operation import LEASE_MS, End
 from budgetguard.core.rate_limit import Minute
-from budgetguard.core.shard import Operation, Shard
+from budgetguard.core.shard import Operation, Shard, SignOff
 from budgetguard.core.snapshot import Mode, SubjectKind, WindowKind
 from budgetguard.core.usage import Usage
 from budgetguard.core.window import bounds
-from tests.plugins.redis_calls import a_budget, a_handoff, a_key, a_settlement, a_tenant, the_facts
+from tests.plugins.redis_calls import a_budget, a_handoff, a_key, a_settlement, a_tenant, newest_event, the_facts
 
 # Two tenants of one shard, so that a mix-up would show; one has characters that keys must escape. NOBODY has no record.
 SHARD = keys.shard_of("acme")
@@ -143,7 +143,8 @@ class Scripts(RuleBasedStateMachine):
 
     @initialize(tenants=st.tuples(*(tenants(name) for name in TENANTS)))
     def start_in_use(self, tenants):
-        self.sign_off()
+        self.begin_opening(self.run_id)
+        self.sign_off(ahead=0, rebuilt=False)
         for tenant in tenants:
             self.tenants[tenant.tenant_id] = tenant
             self.publish(tenant)
@@ -387,19 +388,42 @@ class Scripts(RuleBasedStateMachine):
             self.shard.counters[names] = Counter(spent, held, self.shard.counters[names].seed)
             self.run(self.redis.command("HSET", keys.counter(*names), "spent", spent, "held", held))
 
-    @precondition(lambda self: self.shard.epoch is not None)
-    @rule(really=st.sampled_from([False, False, True]))
-    def close(self, really):
-        if not really:
-            return
-        self.run(self.epoch.begin_rebuild(SHARD))
+    @precondition(lambda self: self.shard.epoch == self.run_id)
+    @rule(really=st.sampled_from([False, False, True]), run_id=st.sampled_from(["", "the process before"]))
+    def close(self, really, run_id):
+        if really:
+            self.begin_opening(run_id or self.run_id)
+
+    def begin_opening(self, run_id):
+        self.opening = self.run(self.epoch.begin_opening([SHARD], run_id))
+        self.shard.epoch = self.opening.name
+
+    @precondition(lambda self: self.shard.epoch not in (self.run_id, None))
+    @rule()
+    def lose_the_opening(self):
+        self.run(self.redis.command("DEL", keys.epoch(SHARD)))
         self.shard.epoch = None
 
-    @precondition(lambda self: self.shard.epoch is None)
-    @rule()
-    def sign_off(self):
-        self.run(self.epoch.sign_off(SHARD, self.run_id))
-        self.shard.epoch = self.run_id
+    @precondition(lambda self: self.shard.epoch != self.run_id)
+    @rule(ahead=st.integers(-1, 1), rebuilt=st.booleans())
+    def sign_off(self, ahead, rebuilt):
+        newest = self.run(newest_event(self.redis, SHARD))
+        position = (newest[0], max(newest[1] + ahead, 0))
+        answer = self.run(self.epoch.sign_off(self.opening, SHARD, position=position, rebuilt=rebuilt))
+        assert answer is reference.sign_off(
+            self.shard,
+            opening=self.opening.name,
+            began_with=self.opening.run_id,
+            run_id=self.run_id,
+            newest_event=newest,
+            position=position,
+            rebuilt=rebuilt,
+        )
+        # What comes next is numbered after what the ledger has.
+        opened_behind = answer is SignOff.OPENED and position > newest
+        assert self.run(newest_event(self.redis, SHARD)) == (position if opened_behind else newest)
+        if answer is SignOff.LOST:
+            self.begin_opening(self.run_id)
 
     def draw_counter(self, data, amounts):
         """Draw a counter that is in use or not, and an amount for it or for some of its buckets."""
@@ -417,9 +441,9 @@ class Scripts(RuleBasedStateMachine):
     @rule(data=st.data())
     def rebuild_a_counter(self, data):
         tenant_id, counter, spent = self.draw_counter(data, COUNTED)
-        written = self.run(self.epoch.write_counter(tenant_id, counter, spent, now_ms=self.now_ms))
+        written = self.run(self.epoch.write_counter(self.opening, tenant_id, counter, spent, now_ms=self.now_ms))
         assert written == reference.write_counter(
-            self.shard, tenant_id=tenant_id, counter=counter, spent=spent, run_id=self.run_id
+            self.shard, tenant_id=tenant_id, counter=counter, spent=spent, opening=self.opening.name
         )
         self.remember_subject(tenant_id, counter, known=written)
 
@@ -464,8 +488,8 @@ class Scripts(RuleBasedStateMachine):
             counters=("b9:1:0:",),
             tokens=4,
         )
-        assert self.run(self.epoch.remember_ended(remembered)) == reference.remember_ended(
-            self.shard, remembered, run_id=self.run_id
+        assert self.run(self.epoch.remember_ended(self.opening, remembered)) == reference.remember_ended(
+            self.shard, remembered, opening=self.opening.name
         )
 
     @invariant()

@@ -8,12 +8,12 @@ import pytest
 
 from budgetguard.adapters.redis import keys
 from budgetguard.adapters.redis.counters import Counters
-from budgetguard.adapters.redis.epoch import Epoch
 from budgetguard.adapters.redis.standing import StandingReader
 from budgetguard.core.budget import Refusal, Reserved
 from budgetguard.core.quoting import verdict
 from budgetguard.core.snapshot import Mode, SubjectKind, WindowKind
 from tests.plugins.redis_calls import a_budget, a_key, a_reserve, a_settlement, a_tenant, the_handoff
+from tests.plugins.redis_server import sign_off
 
 EACH_SESSION = {"subject_kind": SubjectKind.SESSION, "each": True}
 
@@ -68,7 +68,7 @@ async def test_a_quote_is_what_the_next_call_gets(ready_redis, seed):
 
 
 async def test_counters_that_are_not_signed_off_have_no_figures(ready_redis):
-    counters, reader, epoch = Counters(ready_redis), StandingReader(ready_redis), Epoch(ready_redis)
+    counters, reader = Counters(ready_redis), StandingReader(ready_redis)
     rolling = a_budget("roll", 3000, window=WindowKind.ROLLING, rolling_ms=60_000)
     tenant = a_tenant(a_budget("month", 5000), rolling)
     await counters.publish_tenant(tenant)
@@ -85,5 +85,5 @@ async def test_counters_that_are_not_signed_off_have_no_figures(ready_redis):
     await ready_redis.command("FLUSHALL")
     assert await reader.counted("acme", names) is None
     assert await reader.counted("acme", []) is None
-    await epoch.sign_off(keys.shard_of("acme"), await epoch.run_id())
+    await sign_off(ready_redis, [keys.shard_of("acme")])
     assert await reader.counted("acme", names) == [(0, 0), (0, 0)]

@@ -8,12 +8,12 @@ import asyncpg
 from budgetguard.adapters.redis import keys
 from budgetguard.adapters.redis.client import RedisClient
 from budgetguard.adapters.redis.counters import Counters
-from budgetguard.adapters.redis.epoch import Epoch
 from budgetguard.core.api_key import format_api_key, hash_secret, parse_api_key
 from budgetguard.core.snapshot import KeySnapshot
 from control_plane.callers import NOT_UTF8_HEADER, Callers, SentHeaders, read_headers
 from control_plane.errors import DeniedError
 from tests.plugins.redis_calls import KEY_ID, a_tenant
+from tests.plugins.redis_server import close_shards
 from tests.services.control_plane.test_rest import reason
 
 SECRET = b"s" * 32
@@ -55,7 +55,7 @@ async def test_a_key_without_its_tenant_s_record_is_not_revoked_until_all_record
     await publish(ready_redis)
     await ready_redis.command("DEL", keys.tenant("acme"))
     assert await told(callers_of(ready_redis)) == "API_KEY_REVOKED"
-    await Epoch(ready_redis).begin_rebuild(keys.shard_of("acme"))
+    await close_shards(ready_redis, [keys.shard_of("acme")])
     assert await told(callers_of(ready_redis)) == "COUNTERS_NOT_READY"
 
 

@@ -14,7 +14,7 @@ from budgetguard.adapters.prices import PriceBook
 from budgetguard.adapters.redis import keys
 from budgetguard.adapters.redis.client import CountersUnavailableError, RedisClient
 from budgetguard.adapters.redis.counters import Counters
-from budgetguard.adapters.redis.epoch import Epoch, incarnation_of
+from budgetguard.adapters.redis.epoch import incarnation_of
 from budgetguard.adapters.redis.refusals import Refusals
 from budgetguard.core.api_key import format_api_key, hash_secret
 from budgetguard.core.catalog import Catalog, ProviderSpec
@@ -355,7 +355,7 @@ async def test_nobody_is_refused_by_records_that_are_not_signed_off(bench, older
     await publish(replace(older, version=2))
     refused = reason(await bench.check())
     assert refused in ("API_KEY_REVOKED", "API_KEY_EXPIRED", "TENANT_SUSPENDED")
-    await Epoch(bench.redis).sign_off(keys.shard_of("acme"), "the process before")
+    await bench.redis.command("SET", keys.epoch(keys.shard_of("acme")), "the process before")
     assert reason(await bench.check()) == "COUNTERS_NOT_READY"
     await sign_off_all(bench.redis)
     assert reason(await bench.check()) == refused

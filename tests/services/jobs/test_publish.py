@@ -1,3 +1,4 @@
+import asyncio
 import json
 
 import pytest
@@ -100,6 +101,22 @@ async def test_a_budget_made_mid_window_starts_at_what_was_spent(plane):
     await plane.budgets.update("day", {"window": WindowKind.WEEK, "limit_nanos": 10**9}, actor="a")
     await plane.publisher.publish("acme")
     assert (await plane.counted())["day"] == (60, 0)
+
+
+async def test_a_budget_made_while_a_job_compares_its_tenant_gets_its_past_all_the_same(plane):
+    await plane.make_tenant()
+    await plane.call("op-1", 60)
+    while await plane.drain().run_once():
+        pass
+    await plane.make_budget("day", window=WindowKind.DAY, limit_nanos=150)
+    async with plane.database.exclusive("reconcile acme"):
+        publishing = asyncio.create_task(plane.publisher.publish("acme"))
+        await asyncio.wait([publishing], timeout=0.5)
+        assert not await plane.publisher.give_past("acme"), "a job has others to look at"
+        assert not publishing.done()
+    await publishing
+    assert await plane.counted() == {"acme-month": (60, 0), "day": (60, 0)}
+    assert (await plane.hold("op-2", nanos=100)).kind is Refusal.BUDGET
 
 
 async def test_nothing_is_published_that_would_not_be_enforced(plane):

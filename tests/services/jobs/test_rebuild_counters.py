@@ -8,9 +8,11 @@ from budgetguard.adapters.redis.client import RedisClient
 from budgetguard.adapters.redis.keys import SHARDS, shard_of
 from budgetguard.core.budget import NotReady, Refusal
 from budgetguard.core.operation import End
+from budgetguard.core.shard import SignOff
 from budgetguard.core.snapshot import SubjectKind, WindowKind
 from control_plane.jobs.expire_holds import ExpireHolds
 from tests.plugins.redis_calls import a_settlement, live_holds
+from tests.plugins.redis_server import close_shards
 from tests.plugins.usage_events import a_delivery
 from tests.services.jobs.conftest import KEY_ID, Plane, now_ms
 
@@ -88,7 +90,9 @@ async def test_what_was_rebuilt_agrees_with_the_ledger_from_then_on(spent, lost)
     assert (await spent.counted())["day"][0] == before["day"][0] + 40 == await spent.in_ledger()
     # And the next sign-off finds nothing to rebuild.
     await spent.redis.command("DEL", keys.epoch(ACME))
-    assert await spent.rebuild._has_all(ACME, await spent.ledger.positions())
+    opening = await close_shards(spent.redis, [ACME])
+    position = (await spent.ledger.positions())[ACME]
+    assert await spent.epoch.sign_off(opening, ACME, position=position) is SignOff.OPENED
 
 
 async def test_a_rebuild_that_is_killed_is_begun_again(spent, monkeypatch):
@@ -180,7 +184,7 @@ async def test_a_live_hold_stays_whatever_another_operation_of_its_name_has_cost
     long_ago_ms = now_ms() - 30 * HOUR_MS
     namesake = a_delivery("op-held", shard=ACME, tenant_id="acme", key_id=KEY_ID, held_at_ms=long_ago_ms, delta_nanos=3)
     await spent.ledger.insert_events([(ACME, f"{now_ms() + 10**6}-0", namesake[2])])
-    await spent.epoch.begin_rebuild(ACME)
+    await close_shards(spent.redis, [ACME])
     await spent.rebuild.run_once()
     assert (await spent.counted())["mine"] == (75 + 3, 100)
     assert await live_holds(spent.counters, "acme") == (1, 100)
@@ -295,7 +299,7 @@ async def test_undrained_events_of_a_stream_that_fell_behind_are_not_lost(spent,
     assert len(other_worker) == 1
     await spent.call("op-undrained-2", 4)
     await owner.execute("UPDATE drain_positions SET stream_ms = stream_ms + 1000000")
-    await spent.epoch.begin_rebuild(ACME)
+    await close_shards(spent.redis, [ACME])
     await spent.rebuild.run_once()
     assert await spent.in_ledger() == 75 + 13
     assert {amount for amount, _ in (await spent.counted()).values()} == {75 + 13}
@@ -347,10 +351,62 @@ async def test_while_another_rebuilds_it_waits(spent):
 
 
 async def test_a_sign_off_for_a_process_that_is_gone_opens_nothing(spent):
-    await spent.redis.command("FLUSHALL")
-    await spent.epoch.sign_off(ACME, "0" * 40)
-    await spent.publisher.sweep()
+    opening = await spent.epoch.begin_opening([ACME], "0" * 40)
+    assert await spent.epoch.sign_off(opening, ACME, rebuilt=True) is SignOff.LOST
     assert (await spent.hold("op-x")).kind is Refusal.NOT_READY
+
+
+@pytest.mark.parametrize(
+    "moment", ["publish_tenant", "write_counter", "remember_ended", "the last position", "sign_off", "mark_incarnation"]
+)
+async def test_what_redis_loses_once_more_in_a_run_opens_nothing(spent, monkeypatch, caplog, moment):
+    """FLUSHALL leaves the process as it is: only what it took with it tells."""
+    before = await spent.counted()
+    await spent.redis.command("FLUSHALL")
+    # Of a shard's position there is a look before its rebuild and one after; the others are signed off as they are.
+    owner, name, look = {
+        "publish_tenant": (spent.publisher._counters, "publish_tenant", 1),
+        "the last position": (spent.rebuild._sums, "position", 2),
+        "sign_off": (spent.epoch, "sign_off", SHARDS + 1),
+    }.get(moment, (spent.epoch, moment, 1))
+    original, looks = getattr(owner, name), 0
+
+    async def lost_meanwhile(*arguments, **more):
+        nonlocal looks
+        looks += 1
+        if looks == look:
+            await spent.redis.command("FLUSHALL")
+        return await original(*arguments, **more)
+
+    monkeypatch.setattr(owner, name, lost_meanwhile)
+    await spent.rebuild.run_once()
+    monkeypatch.undo()
+    assert looks >= look
+    assert "beginning again" in caplog.text
+    assert ACME not in await open_shards(spent)
+    assert await spent.counters.load_records("acme", KEY_ID) == NotReady()
+    # It does not wait: nothing of its own has failed.
+    await spent.rebuild.run_once()
+    assert await open_shards(spent) == set(range(SHARDS))
+    assert await spent.counted() == {budget: (amount, 0) for budget, (amount, _) in before.items()}
+    assert await spent.counters.load_tenant("acme") == await spent.tenants.snapshot("acme")
+
+
+async def test_a_shard_that_looked_whole_is_not_opened_on_the_nothing_that_is_left(spent, monkeypatch):
+    await spent.redis.command("DEL", keys.epoch(ACME))
+    positions = spent.ledger.positions
+
+    async def lost_meanwhile():
+        found = await positions()
+        await spent.redis.command("FLUSHALL")
+        return found
+
+    monkeypatch.setattr(spent.ledger, "positions", lost_meanwhile)
+    await spent.rebuild.run_once()
+    monkeypatch.undo()
+    assert await open_shards(spent) == set()
+    await spent.rebuild.run_once()
+    assert {amount for amount, _ in (await spent.counted()).values()} == {75}
 
 
 async def test_an_unsafe_redis_is_an_alarm(plane, caplog):

@@ -30,6 +30,7 @@ from control_plane.corrections import Corrections
 from control_plane.jobs.reconcile_counters import SWEEP_COUNT, ReconcileCounters
 from control_plane.services.dead_events import DeadEventService
 from tests.plugins.redis_calls import a_reserve, a_settlement, the_handoff
+from tests.plugins.redis_server import close_shards, sign_off
 from tests.plugins.usage_events import a_delivery
 from tests.services.jobs.conftest import KEY_ID, now_ms
 
@@ -573,7 +574,7 @@ async def test_counters_that_wait_for_their_rebuild_are_left_alone(plane):
     await plane.make_tenant()
     await plane.call("op-1", 60)
     await drain_all(plane)
-    await plane.epoch.begin_rebuild(keys.shard_of("acme"))
+    await close_shards(plane.redis, [keys.shard_of("acme")])
     assert not (await plane.reconciler.compare("acme")).complete
     assert (await plane.reconciler.compare("nobody")).complete is False
 
@@ -588,7 +589,7 @@ async def test_what_was_read_before_a_rebuild_is_not_written_after_it(plane, mon
 
     async def meanwhile(*arguments):
         await plane.redis.command("HSET", name, "spent", 60)
-        await plane.epoch.sign_off(shard, await plane.epoch.run_id())
+        await sign_off(plane.redis, [shard])
         return await drained(*arguments)
 
     monkeypatch.setattr(plane.events, "drained", meanwhile)

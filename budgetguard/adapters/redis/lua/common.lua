@@ -357,3 +357,14 @@ local function end_operation(keys, operation, ending, counters, counter_names, m
     'ended_at', ending.ended_at, 'status', ending.status, 'detail', ending.detail, 'tier', ending.tier,
     'counters', counter_names, 'forgotten', ending.forgotten)
 end
+
+-- The id of the last event that a stream was ever given, also of a trimmed one.
+local function newest_event(stream_key)
+  local stream = redis.call('EXISTS', stream_key) == 1 and redis.call('XINFO', 'STREAM', stream_key) or {}
+  for index = 1, #stream, 2 do
+    if stream[index] == 'last-generated-id' then
+      return stream[index + 1]
+    end
+  end
+  return '0-0'
+end
