@@ -75,9 +75,10 @@ class Connection(asyncio.Protocol):
     def __init__(self, *, timeout_seconds: float) -> None:
         self._timeout_seconds = timeout_seconds
         self._loop = asyncio.get_running_loop()
-        # Every text that this product writes is UTF-8; another one raises UnicodeDecodeError in its reader's call.
+        # Every text that this product writes is UTF-8. What else is in a reply is spelled \xff, which no JSON can have:
+        # that one record is damaged, and the others of the reply are read.
         self._reader = hiredis.Reader(
-            encoding="utf-8", errors="strict", replyError=_reply_error, notEnoughData=_INCOMPLETE
+            encoding="utf-8", errors="backslashreplace", replyError=_reply_error, notEnoughData=_INCOMPLETE
         )
         self._calls: deque[_Call] = deque()
         self._replies_outstanding = 0
@@ -147,8 +148,6 @@ class Connection(asyncio.Protocol):
             except hiredis.ProtocolError as error:
                 self.break_off(f"not what Redis speaks: {error}")
                 return
-            except UnicodeDecodeError as error:
-                reply = error  # the reader is past it, and in step
             if reply is _INCOMPLETE:
                 return
             if not self._calls:

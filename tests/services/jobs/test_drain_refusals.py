@@ -129,6 +129,7 @@ async def test_when_postgres_is_away_it_waits(drained, monkeypatch):
 
 async def test_malformed_entries_are_put_aside_and_block_nobody(drained, owner, caplog):
     await drained.redis.command("XADD", keys.refusals(ACME), "*", "nonsense", "x\x00y")
+    await drained.redis.command("XADD", keys.refusals(ACME), "*", b"nonsense\xff", b"\xff")
     await drained.redis.command("HSET", keys.refusal_counts(ACME), "nonsense", "1")
     await drained.refusals.refuse(a_report(5, an_attempt("good"), an_attempt("poison", model="x\x00y")))
     await drained.drain()
@@ -137,10 +138,11 @@ async def test_malformed_entries_are_put_aside_and_block_nobody(drained, owner, 
     assert [(row["shard"], row["error"]) for row in errors] == [
         (ACME, "malformed"),
         (ACME, "malformed"),
+        (ACME, "malformed"),
         (ACME, "refused"),
     ]
-    assert drained.metrics.dead._value.get() == 3
-    assert "alarm=dead_refusals count=3" in caplog.text
+    assert drained.metrics.dead._value.get() == 4
+    assert "alarm=dead_refusals count=4" in caplog.text
 
 
 async def test_more_than_one_run_takes_is_taken_at_once(drained, monkeypatch):

@@ -9,7 +9,7 @@ from budgetguard.adapters.redis.keys import SHARDS, shard_of
 from budgetguard.core.errors import DependencyUnavailableError
 from budgetguard.core.operation import End
 from control_plane.jobs.drain_usage import READ_COUNT, DrainUsage, LedgerWriter
-from tests.plugins.redis_calls import a_settlement
+from tests.plugins.redis_calls import a_settlement, newest_event
 from tests.services.jobs.conftest import now_ms
 
 ACME = shard_of("acme")
@@ -47,7 +47,7 @@ async def test_calls_arrive_in_the_ledger_and_leave_the_stream(plane):
     assert plane.metrics.rows._value.get() == 5
     positions = await plane.ledger.positions()
     assert list(positions) == [ACME]
-    assert await plane.epoch.stream_last_id(ACME) == "-".join(map(str, positions[ACME]))
+    assert await newest_event(plane.redis, ACME) == positions[ACME]
 
 
 async def test_an_idle_drain_has_nothing_to_do(plane):
@@ -119,10 +119,11 @@ async def test_when_postgres_is_away_events_wait_and_the_same_worker_writes_them
     assert (await plane.events.backlog([ACME]))[ACME] == 0
 
 
-async def test_a_malformed_entry_is_put_aside_and_blocks_nobody(plane, owner, caplog):
+@pytest.mark.parametrize("nonsense", ["x\x00y", b"x\xffy"])
+async def test_a_malformed_entry_is_put_aside_and_blocks_nobody(plane, owner, caplog, nonsense):
     await plane.make_tenant()
     await plane.call("op-1", 10)
-    await plane.redis.command("XADD", keys.usage(ACME), "*", "nonsense", "x\x00y")
+    await plane.redis.command("XADD", keys.usage(ACME), "*", "nonsense", nonsense)
     await plane.call("op-2", 5)
     await drain_all(plane.drain())
     assert await plane.in_ledger() == 15
