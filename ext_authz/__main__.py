@@ -30,6 +30,7 @@ from ext_authz.failures import CLOSED, POLICY_SKIPPED, Failures
 from ext_authz.large_bodies import LargeBodies
 from ext_authz.meter import Meter
 from ext_authz.records import Records
+from ext_authz.releases import Releases
 from ext_authz.service import AuthorizationService
 from ext_authz.settings import POLICY_SKIP, Settings
 
@@ -64,6 +65,7 @@ async def run(settings: Settings) -> None:
         incarnation=partial(incarnation_of, refusals_redis),
         now_ms=now_ms,
     )
+    releases = Releases(counters, now_ms=now_ms)
     prices = PriceBook(counters)
     meter = Meter(settings.ext_proc_address)
     large_bodies = LargeBodies()
@@ -71,6 +73,7 @@ async def run(settings: Settings) -> None:
     policy = await open_policy(opa_url=settings.opa_url, policy_dir=settings.policy_dir)
     checker = Checker(
         counters=counters,
+        releases=releases,
         records=Records(counters),
         prices=prices,
         policy=policy,
@@ -91,7 +94,7 @@ async def run(settings: Settings) -> None:
     async def close() -> None:
         for task in background:
             task.cancel()
-        await checker.drain()
+        await releases.drain()
         await refusals.drain()
         await large_bodies.close()
         await policy.close()

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from budgetguard.adapters.prices import PriceBook
-from budgetguard.adapters.redis.client import CountersUnavailableError
+from budgetguard.adapters.redis.client import CountersUnavailableError, NotRunError
 from budgetguard.core.admission import HoldPlan
 from budgetguard.core.asking import call_facts, clamped_to, model_unknown, plan_call, reserve_of
-from budgetguard.core.budget import NotReady, Refusal, Reserve, Reserved, ReserveRefused, Settled
+from budgetguard.core.budget import NotReady, Refusal, Reserve, Reserved, ReserveRefused
 from budgetguard.core.catalog import ProviderSpec
 from budgetguard.core.context import CallContext, Contexts
 from budgetguard.core.handoff import Handoff
@@ -35,7 +35,6 @@ from ext_authz.records import Records
 CHECK_SECONDS = 0.25
 # More, for a large body: on a busy machine 10 MiB take most of it to arrive and to be read.
 LARGE_BODY_SECONDS = 1.5
-RELEASE_SECONDS = 5.0
 
 # A stale record is loaded again and the call decided anew; records that change faster than that are refused.
 STALE_RETRIES = 2
@@ -47,15 +46,17 @@ logger = logging.getLogger(__name__)
 
 
 class Counters(Protocol):
-    """The transitions that admission uses; all raise ``CountersUnavailableError``."""
+    """The transition that admission uses; raises ``CountersUnavailableError``, ``NotRunError`` if nothing is held."""
 
     async def reserve(self, request: Reserve) -> Reserved | ReserveRefused:
         """Hold a call's money, or say why not."""
 
-    async def release(
-        self, handoff: Handoff, *, now_ms: int, ended_at_ms: int, status: int, detail: str
-    ) -> Settled | NotReady:
-        """Free a hold of a call that was never forwarded; a hold that is not there yet is refused when it comes."""
+
+class Releases(Protocol):
+    """Frees holds of calls that are not forwarded."""
+
+    def submit(self, handoff: Handoff, *, detail: str) -> None:
+        """Begin to free a hold that may exist; neither waits nor fails."""
 
 
 class BodyReader(Protocol):
@@ -93,6 +94,7 @@ class Checker:
         self,
         *,
         counters: Counters,
+        releases: Releases,
         records: Records,
         prices: PriceBook,
         policy: Policy,
@@ -104,6 +106,7 @@ class Checker:
         is_metered: Callable[[], bool] = lambda: True,
     ) -> None:
         self._counters = counters
+        self._releases = releases
         self._records = records
         self._prices = prices
         self._policy = policy
@@ -114,7 +117,6 @@ class Checker:
         self._refusals = refusals
         self._is_metered = is_metered
         self._contexts = Contexts()
-        self._releases: set[asyncio.Task[None]] = set()
 
     async def check(self, call: IncomingCall) -> Admitted | Refused:
         """Admit or refuse one call. When the caller gives up on the answer (cancels), a hold is freed again."""
@@ -130,7 +132,8 @@ class Checker:
             async with asyncio.timeout(seconds):
                 answer = await self._decide(call, api, seen)
         except CountersUnavailableError as error:
-            self._undo(seen.reserving, detail="counters unavailable")
+            if not isinstance(error, NotRunError):
+                self._undo(seen.reserving, detail="counters unavailable")
             answer = self._failed(Failure.COUNTERS, call, str(error))
         except TimeoutError:
             self._undo(seen.reserving, detail="check deadline")
@@ -146,11 +149,6 @@ class Checker:
     def give_up(self, admitted: Admitted) -> None:
         """Free an admitted call's hold: nobody waited for the answer, so it was never forwarded."""
         self._undo([admitted.handoff], detail="check given up")
-
-    async def drain(self) -> None:
-        """Wait for the releases under way."""
-        while self._releases:
-            await asyncio.gather(*self._releases, return_exceptions=True)
 
     async def _decide(self, call: IncomingCall, api: ProviderApi, seen: Seen) -> Admitted | Deny:
         credentials = read_credentials(call.headers)
@@ -309,26 +307,7 @@ class Checker:
 
     def _undo(self, reserving: list[Handoff], *, detail: str) -> None:
         for handoff in reserving:
-            task = asyncio.get_running_loop().create_task(self._release(handoff, detail=detail))
-            self._releases.add(task)
-            task.add_done_callback(self._releases.discard)
-
-    async def _release(self, handoff: Handoff, *, detail: str) -> None:
-        """Try until Redis answers or the lease would be long known; then the hold expires by itself."""
-        try:
-            async with asyncio.timeout(RELEASE_SECONDS):
-                while True:
-                    try:
-                        now_ms = self._now_ms()
-                        await self._counters.release(
-                            handoff, now_ms=now_ms, ended_at_ms=now_ms, status=0, detail=detail
-                        )
-                    except CountersUnavailableError:
-                        await asyncio.sleep(0.2)
-                    else:
-                        return
-        except TimeoutError:
-            logger.exception("hold not released, it will expire", extra={"operation_id": handoff.facts.operation_id})
+            self._releases.submit(handoff, detail=detail)
 
 
 def _admitted(reserved: Reserved, asked: Handoff, request: RequestFacts, route: _Route) -> Admitted:

@@ -21,6 +21,7 @@ import orjson
 from budgetguard.core.budget import Settlement
 from budgetguard.core.handoff import Handoff
 from budgetguard.core.operation import End
+from budgetguard.core.typed import object_of, typed
 from budgetguard.core.usage import Usage
 
 logger = logging.getLogger(__name__)
@@ -292,18 +293,18 @@ def settlement_from_line(line: bytes) -> Settlement:
         ValueError: not a settlement.
     """
     try:
-        raw = orjson.loads(line)
+        raw = object_of(orjson.loads(line))
         usage = raw["usage"]
         return Settlement(
-            handoff=Handoff.from_metadata(raw["handoff"]),
-            end=End(raw["end"]),
-            amount_nanos=raw["amount_nanos"],
-            usage=None if usage is None else Usage(**usage),
-            ended_at_ms=raw["ended_at_ms"],
-            status=raw["status"],
-            detail=raw["detail"],
-            rate_tier=raw["rate_tier"],
+            handoff=Handoff.from_metadata(typed(raw, "handoff", dict)),
+            end=End(typed(raw, "end", str)),
+            amount_nanos=typed(raw, "amount_nanos", int),
+            usage=None if usage is None else Usage.from_reported(usage),
+            ended_at_ms=typed(raw, "ended_at_ms", int),
+            status=typed(raw, "status", int),
+            detail=typed(raw, "detail", str),
+            rate_tier=typed(raw, "rate_tier", str),
         )
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         msg = "malformed settlement"
         raise ValueError(msg) from error

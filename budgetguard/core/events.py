@@ -127,10 +127,9 @@ def usage_from_json(text: str) -> Usage | None:
     """Decode what ``usage_to_json`` wrote.
 
     Raises:
-        ValueError: not JSON.
-        TypeError: not usage.
+        ValueError: not usage.
     """
-    return Usage(**orjson.loads(text)) if text else None
+    return Usage.from_reported(orjson.loads(text)) if text else None
 
 
 def join_counters(counters: Sequence[str]) -> str:

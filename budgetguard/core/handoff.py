@@ -6,15 +6,14 @@ The settle must be able to charge from this record alone, when Redis has forgott
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import orjson
 
 from budgetguard.core.operation import OperationFacts
 from budgetguard.core.pricing import RateCard
 from budgetguard.core.slices import StreamSlices
-
-Value = TypeVar("Value")
+from budgetguard.core.typed import object_of, texts_of, typed
 
 # ext_authz' dynamic metadata always lands under its filter's name.
 METADATA_NAMESPACE = "envoy.filters.http.ext_authz"
@@ -101,38 +100,38 @@ class Handoff:
             ValueError: a field is missing or malformed.
         """
         try:
-            call = orjson.loads(values["call"])
-            rate_card = _rate_card(_typed(call, "rate_card", str))
+            call = object_of(orjson.loads(typed(values, "call", str)))
+            rate_card = _rate_card(typed(call, "rate_card", str))
             clamped = call["clamped_output_tokens"]
             return cls(
                 facts=OperationFacts(
-                    operation_id=values["operation_id"],
-                    tenant_id=values["tenant_id"],
-                    key_id=values["key_id"],
-                    held_at_ms=_typed(call, "held_at_ms", int),
-                    api=_typed(call, "api", str),
-                    provider_id=_typed(call, "provider_id", str),
-                    model=values["model"],
+                    operation_id=typed(values, "operation_id", str),
+                    tenant_id=typed(values, "tenant_id", str),
+                    key_id=typed(values, "key_id", str),
+                    held_at_ms=typed(call, "held_at_ms", int),
+                    api=typed(call, "api", str),
+                    provider_id=typed(call, "provider_id", str),
+                    model=typed(values, "model", str),
                     price_version=rate_card.version,
-                    stream=_typed(call, "stream", bool),
-                    tags=tuple(_typed(call, "tags", list)),
-                    session_id=_typed(call, "session_id", str),
-                    end_user=_typed(call, "end_user", str),
-                    session_name=_typed(call, "session_name", str),
-                    session_path=_typed(call, "session_path", str),
+                    stream=typed(call, "stream", bool),
+                    tags=texts_of(call, "tags"),
+                    session_id=typed(call, "session_id", str),
+                    end_user=typed(call, "end_user", str),
+                    session_name=typed(call, "session_name", str),
+                    session_path=typed(call, "session_path", str),
                     # A call that was admitted before this was told goes on.
-                    priced_model=_typed(call, "priced_model", str) if "priced_model" in call else "",
+                    priced_model=typed(call, "priced_model", str) if "priced_model" in call else "",
                 ),
-                counters=tuple(_typed(call, "counters", list)),
-                hold_nanos=_typed(call, "hold_nanos", int),
-                input_tokens_bound=_typed(call, "input_tokens_bound", int),
-                output_tokens_bound=_typed(call, "output_tokens_bound", int),
+                counters=texts_of(call, "counters"),
+                hold_nanos=typed(call, "hold_nanos", int),
+                input_tokens_bound=typed(call, "input_tokens_bound", int),
+                output_tokens_bound=typed(call, "output_tokens_bound", int),
                 rate_card=rate_card,
-                service_tier=_typed(call, "service_tier", str),
-                clamped_output_tokens=None if clamped is None else _typed(call, "clamped_output_tokens", int),
-                inject_usage=_typed(call, "inject_usage", bool),
-                slices=None if call["slices"] is None else _slices(_typed(call, "slices", dict)),
-                search_nanos=_typed(call, "search_nanos", int) if "search_nanos" in call else 0,
+                service_tier=typed(call, "service_tier", str),
+                clamped_output_tokens=None if clamped is None else typed(call, "clamped_output_tokens", int),
+                inject_usage=typed(call, "inject_usage", bool),
+                slices=None if call["slices"] is None else _slices(typed(call, "slices", dict)),
+                search_nanos=typed(call, "search_nanos", int) if "search_nanos" in call else 0,
             )
         except KeyError as error:
             msg = f"handoff lacks {error.args[0]!r}"
@@ -142,20 +141,12 @@ class Handoff:
 def _slices(slices: dict[str, Any]) -> StreamSlices:
     try:
         return StreamSlices(
-            slice_tokens=_typed(slices, "slice_tokens", int),
-            choices=_typed(slices, "choices", int),
-            output_femtos=_typed(slices, "output_femtos", int),
-            output_tokens_largest=_typed(slices, "output_tokens_largest", int),
-            overrun=_typed(slices, "overrun", bool),
+            slice_tokens=typed(slices, "slice_tokens", int),
+            choices=typed(slices, "choices", int),
+            output_femtos=typed(slices, "output_femtos", int),
+            output_tokens_largest=typed(slices, "output_tokens_largest", int),
+            overrun=typed(slices, "overrun", bool),
         )
     except KeyError as error:
         msg = f"handoff: slices lack {error.args[0]!r}"
         raise ValueError(msg) from error
-
-
-def _typed(call: Any, name: str, kind: type[Value]) -> Value:
-    value = call[name]
-    if type(value) is not kind:  # True is no number here
-        msg = f"handoff: {name} is no {kind.__name__}"
-        raise ValueError(msg)
-    return value

@@ -18,6 +18,7 @@ from genai_prices import data_snapshot
 from genai_prices.types import ModelInfo, ModelPrice, Provider, TieredPrices
 
 from budgetguard.core.money import CALL_NANOS_MAX, ceil_div, femtos_per_unit
+from budgetguard.core.typed import object_of, typed
 from budgetguard.core.usage import Usage
 
 FEMTOS_PER_NANO = 10**6
@@ -134,17 +135,24 @@ class RateCard:
             ValueError: not a rate card.
         """
         try:
-            raw = orjson.loads(text)
+            raw = object_of(orjson.loads(text))
             rates = {
-                str(tier): {str(unit): tuple((int(t), int(f)) for t, f in rate) for unit, rate in units.items()}
-                for tier, units in raw["r"].items()
+                tier: {unit: _rate(rows) for unit, rows in object_of(units).items()}
+                for tier, units in typed(raw, "r", dict).items()
             }
             if DEFAULT_TIER not in rates:
                 raise KeyError(DEFAULT_TIER)
-            return cls(version=str(raw["v"]), rates=rates)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            return cls(version=typed(raw, "v", str), rates=rates)
+        except (KeyError, TypeError, ValueError) as error:
             msg = "malformed rate card"
             raise ValueError(msg) from error
+
+
+def _rate(rows: Any) -> Rate:
+    rate = tuple((threshold, femtos) for threshold, femtos in rows)
+    if type(rows) is not list or any(type(number) is not int for row in rate for number in row):
+        raise ValueError("expected pairs of integers")
+    return rate
 
 
 @dataclass(frozen=True, slots=True)

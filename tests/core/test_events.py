@@ -54,7 +54,16 @@ def test_an_event_without_one_of_its_fields_is_malformed(field):
 
 
 @pytest.mark.parametrize(
-    ("field", "text"), [("facts", "{}"), ("facts", "x"), ("end", "DONE"), ("usage", '{"x":1}'), ("delta", "1.5")]
+    ("field", "text"),
+    [
+        ("facts", "{}"),
+        ("facts", "x"),
+        ("end", "DONE"),
+        ("usage", '{"x":1}'),
+        ("usage", "[]"),
+        ("usage", '{"input_tokens":1.5}'),
+        ("delta", "1.5"),
+    ],
 )
 def test_an_event_with_a_wrong_field_is_malformed(field, text):
     with pytest.raises(ValueError, match="malformed usage event"):

@@ -100,7 +100,7 @@ def test_a_call_that_an_older_release_admitted_is_decoded():
     assert Handoff.from_metadata(values | {"call": json.dumps(call)}) == handoff()
 
 
-@pytest.mark.parametrize("call", ["", "no JSON", json.dumps({"rate_card": "x"})])
+@pytest.mark.parametrize("call", ["", "no JSON", "[]", "7", json.dumps({"rate_card": "x"})])
 def test_a_malformed_call_is_refused(call):
     with pytest.raises(ValueError, match=r".+"):
         Handoff.from_metadata(handoff().to_metadata() | {"call": call})
@@ -116,7 +116,24 @@ def test_slices_are_read_as_strictly():
             Handoff.from_metadata(inner(slices={other: value for other, value in good.items() if other != name}))
 
 
-@pytest.mark.parametrize("changes", [{"hold_nanos": True}, {"held_at_ms": 1.5}, {"rate_card": "{}"}, {"stream": 1}])
+@pytest.mark.parametrize("name", sorted(handoff().to_metadata()))
+def test_what_is_no_text_is_refused(name):
+    with pytest.raises(ValueError, match=name):
+        Handoff.from_metadata(handoff().to_metadata() | {name: 5})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hold_nanos": True},
+        {"held_at_ms": 1.5},
+        {"rate_card": "{}"},
+        {"stream": 1},
+        {"tags": "ab"},
+        {"tags": ["a", 1]},
+        {"counters": [None]},
+    ],
+)
 def test_a_malformed_field_is_refused(changes):
     with pytest.raises(ValueError, match=r".+"):
         Handoff.from_metadata(inner(**changes))

@@ -121,7 +121,16 @@ def test_a_rate_card_survives_its_journey(model):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"v":"x","r":{}}', '{"v":"x","r":{"default":{"input_tokens":5}}}', "null"]
+    "text",
+    [
+        *("", "[]", "{}", '{"v":"x","r":{}}', "null", '{"v":"x","r":[]}', '{"v":"x","r":{"default":[]}}'),
+        '{"v":"x","r":{"default":{"input_tokens":5}}}',
+        '{"v":"x","r":{"default":{"input_tokens":{}}}}',
+        '{"v":"x","r":{"default":{"input_tokens":[[-1,5.5]]}}}',
+        '{"v":"x","r":{"default":{"input_tokens":[["-1",5]]}}}',
+        '{"v":"x","r":{"default":{"input_tokens":[[-1,true]]}}}',
+        '{"v":1,"r":{"default":{"input_tokens":[[-1,5]]}}}',
+    ],
 )
 def test_what_is_no_rate_card_is_refused(text):
     with pytest.raises(ValueError, match="malformed rate card"):

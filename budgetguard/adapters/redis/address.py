@@ -7,7 +7,7 @@ from typing import Any, cast
 from redis.asyncio import connection as redis_py
 from redis.exceptions import RedisError
 
-from budgetguard.adapters.redis.connection import Argument, Connection, CountersUnavailableError, packed
+from budgetguard.adapters.redis.connection import Argument, Connection, NotRunError, packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Address:
         """Connect and greet, both within the timeout, which is also that of each call.
 
         Raises:
-            CountersUnavailableError: nobody there, not in time, or refused.
+            NotRunError: nobody there, not in time, or refused.
         """
         try:
             async with asyncio.timeout(timeout_seconds):
@@ -65,9 +65,9 @@ class Address:
                     raise
                 return connection
         except TimeoutError as error:
-            raise CountersUnavailableError(f"no connection to Redis within {timeout_seconds} s") from error
+            raise NotRunError(f"no connection to Redis within {timeout_seconds} s") from error
         except OSError as error:
-            raise CountersUnavailableError(f"cannot connect to Redis: {error}") from error
+            raise NotRunError(f"cannot connect to Redis: {error}") from error
 
     async def _open(self, timeout_seconds: float) -> Connection:
         def protocol() -> Connection:
@@ -86,4 +86,4 @@ class Address:
             return
         for reply in await connection.ask(packed(*self.greeting), len(self.greeting)):
             if isinstance(reply, Exception):
-                raise CountersUnavailableError(f"Redis turns us away: {reply}") from reply
+                raise NotRunError(f"Redis turns us away: {reply}") from reply

@@ -12,12 +12,21 @@ from budgetguard.adapters.redis.connection import (
     Argument,
     Connection,
     CountersUnavailableError,
+    NotRunError,
     RedisReplyError,
     Reply,
     packed,
 )
 
-__all__ = ["Argument", "CountersUnavailableError", "PinnedConnection", "RedisClient", "RedisReplyError", "Reply"]
+__all__ = [
+    "Argument",
+    "CountersUnavailableError",
+    "NotRunError",
+    "PinnedConnection",
+    "RedisClient",
+    "RedisReplyError",
+    "Reply",
+]
 
 # Longer than any script takes; callers on the data plane set tighter deadlines of their own around a call.
 TIMEOUT_SECONDS = 1.0
@@ -89,7 +98,7 @@ class RedisClient:
                     else:
                         connection.break_off(_CLOSED)
         except TimeoutError as error:
-            raise self._no_answer() from error
+            raise CountersUnavailableError(self._no_answer) from error
 
     async def command(self, *arguments: Argument) -> Reply:
         """Send one command and return its reply. One that blocks would stop every caller: it has to be pinned."""
@@ -119,7 +128,7 @@ class RedisClient:
             async with asyncio.timeout(self.timeout_seconds):
                 connection = await self._reconnected()
         except TimeoutError as error:
-            raise self._no_answer() from error
+            raise NotRunError(self._no_answer) from error
         return await connection.ask(sent, count)
 
     async def _reconnected(self) -> Connection:
@@ -134,7 +143,7 @@ class RedisClient:
         self._check_open()
         error = attempt.exception()
         if error is not None:
-            raise CountersUnavailableError(str(error)) from error
+            raise NotRunError(str(error)) from error
         return attempt.result()
 
     async def _connect_shared(self) -> Connection:
@@ -151,7 +160,8 @@ class RedisClient:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise CountersUnavailableError(_CLOSED)
+            raise NotRunError(_CLOSED)
 
-    def _no_answer(self) -> CountersUnavailableError:
-        return CountersUnavailableError(f"no answer from Redis within {self.timeout_seconds} s")
+    @property
+    def _no_answer(self) -> str:
+        return f"no answer from Redis within {self.timeout_seconds} s"

@@ -2,6 +2,7 @@
 
 CountersUnavailableError          Redis cannot be reached, or not in time: the command may or may not have run
   +-- RedisReplyError             Redis answered with an error
+  +-- NotRunError                 the command did not run: it was not sent, or this Redis serves nobody
 """
 
 import asyncio
@@ -43,9 +44,13 @@ class RedisReplyError(CountersUnavailableError):
         return str(self).startswith(code)
 
 
+class NotRunError(CountersUnavailableError):
+    """The command that failed did not run and never will: after a reserve there is nothing to release."""
+
+
 def _reply_error(text: str) -> CountersUnavailableError:
     text = text.removeprefix("ERR ")
-    return CountersUnavailableError(f"Redis: {text}") if text.startswith(_NOT_SERVING) else RedisReplyError(text)
+    return NotRunError(f"Redis: {text}") if text.startswith(_NOT_SERVING) else RedisReplyError(text)
 
 
 def packed(*commands: Sequence[Argument]) -> bytes:
@@ -99,12 +104,12 @@ class Connection(asyncio.Protocol):
         """Send ``count`` commands and return the future of their replies; errors are among them, not raised.
 
         Raises:
-            CountersUnavailableError: from here, nothing was sent; from the future, it may have run.
+            NotRunError: nothing was sent. From the future, ``CountersUnavailableError``: it may have run.
         """
         if self.broken:
-            raise CountersUnavailableError(self.broken)
+            raise NotRunError(self.broken)
         if self._replies_outstanding >= REPLIES_OUTSTANDING_MAX:
-            raise CountersUnavailableError(f"Redis owes {self._replies_outstanding} replies already")
+            raise NotRunError(f"Redis owes {self._replies_outstanding} replies already")
         call = _Call(self._loop.create_future(), self._loop.time() + self._timeout_seconds, count)
         self._calls.append(call)
         self._replies_outstanding += count

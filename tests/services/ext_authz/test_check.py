@@ -37,6 +37,7 @@ from ext_authz.check import Checker
 from ext_authz.failures import CLOSED, POLICY_SKIPPED, Failure, Failures
 from ext_authz.large_bodies import LargeBodies
 from ext_authz.records import Records
+from ext_authz.releases import Releases
 from tests.plugins.redis_calls import live_holds
 from tests.plugins.redis_server import sign_off_all
 
@@ -87,8 +88,10 @@ class Bench:
         self.checker = self.make()
 
     def make(self, *, counters=None, records=None, failures=CLOSED, now_ms=None, is_metered=lambda: True) -> Checker:
+        self.releases = Releases(counters or self.counters, now_ms=now_ms or self.now_ms)
         return Checker(
             counters=counters or self.counters,
+            releases=self.releases,
             records=records or Records(self.counters),
             prices=self.prices,
             policy=self.policy,
@@ -412,7 +415,7 @@ async def test_an_unheard_reservation_is_undone(bench, kind, told):
     counters = SlowCounters(bench.redis, 5) if kind == "slow" else DeadCounters(bench.redis)
     checker = bench.make(counters=counters)
     assert reason(await bench.check(checker=checker)) == told
-    await checker.drain()
+    await bench.releases.drain()
     assert await bench.held() == (0, 0)
 
 
@@ -424,14 +427,14 @@ async def test_a_check_that_envoy_gave_up_is_undone(bench):
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    await checker.drain()
+    await bench.releases.drain()
     assert await bench.held() == (0, 0)
 
 
 async def test_an_answer_that_nobody_heard_is_undone(bench):
     answer = await bench.check()
     bench.checker.give_up(answer)
-    await bench.checker.drain()
+    await bench.releases.drain()
     assert await bench.held() == (0, 0)
 
 

@@ -197,7 +197,7 @@ async def test_an_answer_that_nobody_waited_for(bench, serve):
         # Envoy's deadline passed while the answer was on its way.
         client.writer.write(frame(RST_STREAM, 0, 1, u32(CANCEL)))
         await client.settled()
-        await bench.checker.drain()
+        await bench.releases.drain()
     assert await bench.held() == (0, 0)
 
 
@@ -209,7 +209,7 @@ async def test_a_refusal_that_nobody_waited_for(bench, serve):
         assert admitted.status == refused.status == StatusCode.OK
         client.writer.write(frame(RST_STREAM, 0, 3, u32(CANCEL)))
         await client.settled()
-        await bench.checker.drain()
+        await bench.releases.drain()
     # The other one's hold stays.
     assert (await bench.held())[0] == 1
 

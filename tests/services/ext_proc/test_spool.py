@@ -1,17 +1,23 @@
+import json
 import os
 import shutil
 import subprocess
 from io import FileIO
 from pathlib import Path
 
+import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from budgetguard.core.budget import Settlement
-from budgetguard.core.operation import End
-from budgetguard.core.usage import Usage
+from budgetguard.core.handoff import Handoff
+from budgetguard.core.operation import End, OperationFacts
+from budgetguard.core.slices import StreamSlices
+from budgetguard.core.usage import USAGE_KINDS, Usage
 from ext_proc import spool as spool_module
 from ext_proc.spool import Spool, SpoolError, SpoolFullError, Waiting, settlement_from_line, settlement_to_line
-from tests.services.ext_proc.support import NOW_MS, ModelCounters
+from tests.services.ext_proc.support import CARD, NOW_MS, ModelCounters
 
 
 @pytest.fixture
@@ -78,6 +84,138 @@ def test_a_line_carries_all_of_a_settlement(settlements):
 def test_other_lines_are_refused(line):
     with pytest.raises(ValueError):
         settlement_from_line(line)
+
+
+class Encoded:
+    """JSON that is a text in other JSON."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+def opened_up(line):
+    """Decode a line, and the texts of JSON in it."""
+    settlement = json.loads(line)
+    call = json.loads(settlement["handoff"]["call"])
+    call["rate_card"] = Encoded(json.loads(call["rate_card"]))
+    settlement["handoff"]["call"] = Encoded(call)
+    return settlement
+
+
+def places(value):
+    """Return the ways to all values in it."""
+    value = value.value if isinstance(value, Encoded) else value
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [(name, *way) for name, inner in inside for way in [(), *places(inner)]]
+
+
+def with_other(value, way, other):
+    """Encode it again, with another value at the end of this way; ``None`` leads nowhere."""
+    if way == ():
+        return other
+    if isinstance(value, Encoded):
+        return json.dumps(with_other(value.value, way, other))
+
+    def inside(name, inner):
+        return with_other(inner, way[1:] if way and way[0] == name else None, other)
+
+    if isinstance(value, dict):
+        return {name: inside(name, inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [inside(number, inner) for number, inner in enumerate(value)]
+    return value
+
+
+COUNTS = st.none() | st.integers(0, 10**9)
+TEXTS = st.text(max_size=9)
+SETTLEMENTS = st.builds(
+    Settlement,
+    handoff=st.builds(
+        Handoff,
+        facts=st.builds(
+            OperationFacts,
+            **dict.fromkeys(("operation_id", "tenant_id", "key_id", "api", "provider_id", "model"), TEXTS),
+            **dict.fromkeys(("session_id", "end_user", "session_name", "session_path", "priced_model"), TEXTS),
+            held_at_ms=st.integers(0, 2**53),
+            price_version=st.just(CARD.version),
+            stream=st.booleans(),
+            tags=st.lists(TEXTS, max_size=2).map(tuple),
+        ),
+        counters=st.lists(TEXTS, max_size=2).map(tuple),
+        hold_nanos=st.integers(0, 10**15),
+        input_tokens_bound=st.integers(0, 10**9),
+        output_tokens_bound=st.integers(0, 10**9),
+        rate_card=st.just(CARD),
+        service_tier=TEXTS,
+        clamped_output_tokens=COUNTS,
+        inject_usage=st.booleans(),
+        slices=st.none()
+        | st.builds(
+            StreamSlices,
+            slice_tokens=st.integers(1, 10**6),
+            choices=st.integers(1, 128),
+            output_femtos=st.integers(0, 10**19),
+            output_tokens_largest=st.integers(1, 10**6),
+            overrun=st.booleans(),
+        ),
+        search_nanos=st.integers(0, 10**9),
+    ),
+    end=st.sampled_from([End.CONFIRMED, End.ESTIMATED]),
+    amount_nanos=st.integers(0, 10**15),
+    usage=st.none() | st.builds(Usage, **dict.fromkeys(USAGE_KINDS, COUNTS)),
+    ended_at_ms=st.integers(0, 2**53),
+    status=st.integers(0, 599),
+    detail=TEXTS,
+    rate_tier=TEXTS,
+)
+
+# Values of every JSON type; none of the objects is one that could stand anywhere.
+OTHERS = (None, False, True, 0, 1, 1.0, 5.5, "", "1", "x", [], [1], [[1, 2]], {"x": 1})
+# What may be missing. The rest has one type.
+MAY_BE_NULL = {("usage",), ("handoff", "call", "clamped_output_tokens"), ("handoff", "call", "slices")}
+
+
+def json_type(value):
+    return str if isinstance(value, Encoded) else type(value)
+
+
+@given(SETTLEMENTS)
+def test_any_settlement_survives_its_line(settlement):
+    assert settlement_from_line(settlement_to_line(settlement)) == settlement
+    assert settlement_from_line(orjson.dumps(with_other(opened_up(settlement_to_line(settlement)), None, None))) == (
+        settlement
+    )
+
+
+@given(SETTLEMENTS, st.data())
+def test_a_value_of_another_type_is_damage_wherever_it_is(settlement, data):
+    line = opened_up(settlement_to_line(settlement))
+    way = data.draw(st.sampled_from(places(line)))
+    found = line
+    for name in way:
+        found = (found.value if isinstance(found, Encoded) else found)[name]
+    other = data.draw(st.sampled_from(OTHERS).filter(lambda other: json_type(other) is not json_type(found)))
+    if way in MAY_BE_NULL and (
+        other is None or (found is None and way[-1].startswith("clamped") and type(other) is int)
+    ):
+        assert settlement_from_line(orjson.dumps(with_other(line, way, other))) != settlement
+        return
+    with pytest.raises(ValueError, match=r".+"):
+        settlement_from_line(orjson.dumps(with_other(line, way, other)))
+
+
+@pytest.mark.parametrize("change", [{"ended_at_ms": "1"}, {"amount_nanos": 5.5}, {"status": True}, {"usage": {"x": 1}}])
+def test_a_line_of_wrong_types_is_kept_for_people_and_not_sent(opened, folder, settlements, caplog, change):
+    opened(folder).append(settlements[:2])
+    left = after_kill(folder)
+    (path,) = left.glob("*.jsonl")
+    lines = path.read_bytes().splitlines()
+    damaged = orjson.dumps(orjson.loads(lines[0]) | change)
+    path.write_bytes(damaged + b"\n" + lines[1] + b"\n")
+    assert everything_in(opened(left)) == settlements[1:2]
+    assert damaged_files(left) == {path.with_suffix(".damaged").name: damaged + b"\n"}
+    (alarm,) = alarms(caplog)
+    assert alarm.startswith("alarm=spool_damaged lines=1 ")
 
 
 def test_settlements_come_back_in_order(opened, folder, settlements):
