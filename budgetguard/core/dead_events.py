@@ -68,9 +68,20 @@ def split_dead_event_id(dead_event_id: str) -> tuple[int, str]:
 
 def tenant_told(fields: Mapping[str, str]) -> str:
     """Return whose usage an entry says it is, also where the rest of it cannot be read; empty: it does not tell."""
+    told = _fact(fields, "tenant_id")
+    return told if TENANT_ID_PATTERN.fullmatch(told) else ""
+
+
+def operation_told(fields: Mapping[str, str]) -> str:
+    """Return which operation an entry says it is of, read as ``tenant_told`` reads; empty: none that can have rows."""
+    told = _fact(fields, "operation_id")
+    return "" if "\x00" in told else told
+
+
+def _fact(fields: Mapping[str, str], name: str) -> str:
     try:
         facts = orjson.loads(fields.get("facts", ""))
     except ValueError:
         return ""
-    told = facts.get("tenant_id") if isinstance(facts, dict) else None
-    return told if isinstance(told, str) and TENANT_ID_PATTERN.fullmatch(told) else ""
+    told = facts.get(name) if isinstance(facts, dict) else None
+    return told if isinstance(told, str) else ""

@@ -7,7 +7,7 @@
     ├── EtagMismatchError         somebody else changed it since it was read
     ├── OperationChangedError     it was corrected, or ended otherwise, since its end was read
     ├── DeadEventResolvedError    it was ended the other way already
-    ├── DeadEventRefusedError     it still cannot become a ledger row
+    ├── DeadEventRefusedError     the ledger still does not take it, or the row that its discard needs
     ├── RequestIdReusedError      the same request_id came with another request
     ├── AdminKeyError             no admin key, or a wrong one
     ├── NotPublishedError         stored, but the data plane does not know it yet
@@ -158,14 +158,20 @@ class DeadEventResolvedError(DomainError):
 
 
 class DeadEventRefusedError(DomainError):
-    """A dead event was retried before its cause was mended. It stands as it did."""
+    """A dead event was ended before its cause was mended. It stands as it did."""
 
     grpc_code = "FAILED_PRECONDITION"
 
-    def __init__(self, dead_event_id: str, *, error: str) -> None:
+    def __init__(self, dead_event_id: str, *, error: str, discarding: bool = False) -> None:
+        message = (
+            f"dead event {dead_event_id!r} cannot be discarded yet, for the ledger does not take the row that makes up "
+            f"for it ({error}): mend the cause, then retry or discard it"
+            if discarding
+            else f"dead event {dead_event_id!r} still cannot become a ledger row ({error}): "
+            "mend the cause and retry it, or discard it"
+        )
         super().__init__(
-            f"dead event {dead_event_id!r} still cannot become a ledger row ({error}): "
-            "mend the cause and retry it, or discard it",
+            message,
             reason=AdminReason.DEAD_EVENT_REFUSED,
             resource=("dead event", dead_event_id),
             error=error,

@@ -27,10 +27,11 @@ if _version_not_supported:
 
 class DeadEventServiceStub:
     """Dead events: usage that could not become a ledger row, because nobody could read it or the database refused it. While
-    one stands, the ledger may lack its money, so no counter of its tenant is lowered to what the ledger says; of one that
-    does not tell its tenant, no counter of its shard. Raised they are, and calls go on. Each ends once: retried, the
-    ledger has it; discarded, the ledger is right without it. Either way it is audited and stays listed, and the counters
-    of its tenant are brought to the ledger at once (those of a shard within ten minutes).
+    one stands, the ledger may lack its money, so no comparison lowers a counter of its tenant to what the ledger says; of
+    one that does not tell its tenant, no counter of its shard. Raised they are, and calls go on. (Only a rebuild, after
+    Redis lost its data, writes what the ledger says.) Each ends once: retried, the ledger has it; discarded, the ledger is
+    right without it. Either way it is audited and stays listed, and the counters of its tenant are brought to the ledger
+    at once (those of a shard within ten minutes).
     """
 
     def __init__(self, channel):
@@ -63,10 +64,11 @@ class DeadEventServiceStub:
 
 class DeadEventServiceServicer:
     """Dead events: usage that could not become a ledger row, because nobody could read it or the database refused it. While
-    one stands, the ledger may lack its money, so no counter of its tenant is lowered to what the ledger says; of one that
-    does not tell its tenant, no counter of its shard. Raised they are, and calls go on. Each ends once: retried, the
-    ledger has it; discarded, the ledger is right without it. Either way it is audited and stays listed, and the counters
-    of its tenant are brought to the ledger at once (those of a shard within ten minutes).
+    one stands, the ledger may lack its money, so no comparison lowers a counter of its tenant to what the ledger says; of
+    one that does not tell its tenant, no counter of its shard. Raised they are, and calls go on. (Only a rebuild, after
+    Redis lost its data, writes what the ledger says.) Each ends once: retried, the ledger has it; discarded, the ledger is
+    right without it. Either way it is audited and stays listed, and the counters of its tenant are brought to the ledger
+    at once (those of a shard within ten minutes).
     """
 
     def ListDeadEvents(self, request, context):
@@ -93,10 +95,11 @@ class DeadEventServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DiscardDeadEvent(self, request, context):
-        """Says that the ledger is right without it, with the reason why: what it had added to counters is taken from them.
-        Usage that can be written but costs something else is better retried, then corrected (CorrectionService), for later
-        rows of its operation tell differences to it. Sent again it changes nothing and gets the same answer, whatever the
-        reason.
+        """Says that the ledger is right without it, with the reason why: what it had added to counters is taken from them. Its
+        operation then costs what the last of its rows says, also of those to come, or nothing if there is none: where they
+        told their difference to it, a row makes up for it. Usage that can be written but costs something else is better
+        retried, then corrected (CorrectionService). Sent again it changes nothing and gets the same answer, whatever the
+        reason. DEAD_EVENT_REFUSED: that row cannot be, and it stands.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -135,10 +138,11 @@ def add_DeadEventServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class DeadEventService:
     """Dead events: usage that could not become a ledger row, because nobody could read it or the database refused it. While
-    one stands, the ledger may lack its money, so no counter of its tenant is lowered to what the ledger says; of one that
-    does not tell its tenant, no counter of its shard. Raised they are, and calls go on. Each ends once: retried, the
-    ledger has it; discarded, the ledger is right without it. Either way it is audited and stays listed, and the counters
-    of its tenant are brought to the ledger at once (those of a shard within ten minutes).
+    one stands, the ledger may lack its money, so no comparison lowers a counter of its tenant to what the ledger says; of
+    one that does not tell its tenant, no counter of its shard. Raised they are, and calls go on. (Only a rebuild, after
+    Redis lost its data, writes what the ledger says.) Each ends once: retried, the ledger has it; discarded, the ledger is
+    right without it. Either way it is audited and stays listed, and the counters of its tenant are brought to the ledger
+    at once (those of a shard within ten minutes).
     """
 
     @staticmethod

@@ -28,10 +28,11 @@ GRPC_VERSION: str
 
 class DeadEventServiceStub:
     """Dead events: usage that could not become a ledger row, because nobody could read it or the database refused it. While
-    one stands, the ledger may lack its money, so no counter of its tenant is lowered to what the ledger says; of one that
-    does not tell its tenant, no counter of its shard. Raised they are, and calls go on. Each ends once: retried, the
-    ledger has it; discarded, the ledger is right without it. Either way it is audited and stays listed, and the counters
-    of its tenant are brought to the ledger at once (those of a shard within ten minutes).
+    one stands, the ledger may lack its money, so no comparison lowers a counter of its tenant to what the ledger says; of
+    one that does not tell its tenant, no counter of its shard. Raised they are, and calls go on. (Only a rebuild, after
+    Redis lost its data, writes what the ledger says.) Each ends once: retried, the ledger has it; discarded, the ledger is
+    right without it. Either way it is audited and stays listed, and the counters of its tenant are brought to the ledger
+    at once (those of a shard within ten minutes).
     """
 
     @_typing.overload
@@ -48,19 +49,21 @@ class DeadEventServiceStub:
     again it changes nothing and gets the same answer. DEAD_EVENT_REFUSED: it still cannot be a row, and stands.
     """
     DiscardDeadEvent: _grpc.UnaryUnaryMultiCallable[_dead_event_pb2.DiscardDeadEventRequest, _dead_event_pb2.DeadEvent]
-    """Says that the ledger is right without it, with the reason why: what it had added to counters is taken from them.
-    Usage that can be written but costs something else is better retried, then corrected (CorrectionService), for later
-    rows of its operation tell differences to it. Sent again it changes nothing and gets the same answer, whatever the
-    reason.
+    """Says that the ledger is right without it, with the reason why: what it had added to counters is taken from them. Its
+    operation then costs what the last of its rows says, also of those to come, or nothing if there is none: where they
+    told their difference to it, a row makes up for it. Usage that can be written but costs something else is better
+    retried, then corrected (CorrectionService). Sent again it changes nothing and gets the same answer, whatever the
+    reason. DEAD_EVENT_REFUSED: that row cannot be, and it stands.
     """
 
 @_typing.type_check_only
 class DeadEventServiceAsyncStub(DeadEventServiceStub):
     """Dead events: usage that could not become a ledger row, because nobody could read it or the database refused it. While
-    one stands, the ledger may lack its money, so no counter of its tenant is lowered to what the ledger says; of one that
-    does not tell its tenant, no counter of its shard. Raised they are, and calls go on. Each ends once: retried, the
-    ledger has it; discarded, the ledger is right without it. Either way it is audited and stays listed, and the counters
-    of its tenant are brought to the ledger at once (those of a shard within ten minutes).
+    one stands, the ledger may lack its money, so no comparison lowers a counter of its tenant to what the ledger says; of
+    one that does not tell its tenant, no counter of its shard. Raised they are, and calls go on. (Only a rebuild, after
+    Redis lost its data, writes what the ledger says.) Each ends once: retried, the ledger has it; discarded, the ledger is
+    right without it. Either way it is audited and stays listed, and the counters of its tenant are brought to the ledger
+    at once (those of a shard within ten minutes).
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -74,18 +77,20 @@ class DeadEventServiceAsyncStub(DeadEventServiceStub):
     again it changes nothing and gets the same answer. DEAD_EVENT_REFUSED: it still cannot be a row, and stands.
     """
     DiscardDeadEvent: _aio.UnaryUnaryMultiCallable[_dead_event_pb2.DiscardDeadEventRequest, _dead_event_pb2.DeadEvent]  # type: ignore[assignment]
-    """Says that the ledger is right without it, with the reason why: what it had added to counters is taken from them.
-    Usage that can be written but costs something else is better retried, then corrected (CorrectionService), for later
-    rows of its operation tell differences to it. Sent again it changes nothing and gets the same answer, whatever the
-    reason.
+    """Says that the ledger is right without it, with the reason why: what it had added to counters is taken from them. Its
+    operation then costs what the last of its rows says, also of those to come, or nothing if there is none: where they
+    told their difference to it, a row makes up for it. Usage that can be written but costs something else is better
+    retried, then corrected (CorrectionService). Sent again it changes nothing and gets the same answer, whatever the
+    reason. DEAD_EVENT_REFUSED: that row cannot be, and it stands.
     """
 
 class DeadEventServiceServicer(metaclass=_abc_1.ABCMeta):
     """Dead events: usage that could not become a ledger row, because nobody could read it or the database refused it. While
-    one stands, the ledger may lack its money, so no counter of its tenant is lowered to what the ledger says; of one that
-    does not tell its tenant, no counter of its shard. Raised they are, and calls go on. Each ends once: retried, the
-    ledger has it; discarded, the ledger is right without it. Either way it is audited and stays listed, and the counters
-    of its tenant are brought to the ledger at once (those of a shard within ten minutes).
+    one stands, the ledger may lack its money, so no comparison lowers a counter of its tenant to what the ledger says; of
+    one that does not tell its tenant, no counter of its shard. Raised they are, and calls go on. (Only a rebuild, after
+    Redis lost its data, writes what the ledger says.) Each ends once: retried, the ledger has it; discarded, the ledger is
+    right without it. Either way it is audited and stays listed, and the counters of its tenant are brought to the ledger
+    at once (those of a shard within ten minutes).
     """
 
     @_abc_1.abstractmethod
@@ -121,10 +126,11 @@ class DeadEventServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _dead_event_pb2.DiscardDeadEventRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_dead_event_pb2.DeadEvent, _abc.Awaitable[_dead_event_pb2.DeadEvent]]:
-        """Says that the ledger is right without it, with the reason why: what it had added to counters is taken from them.
-        Usage that can be written but costs something else is better retried, then corrected (CorrectionService), for later
-        rows of its operation tell differences to it. Sent again it changes nothing and gets the same answer, whatever the
-        reason.
+        """Says that the ledger is right without it, with the reason why: what it had added to counters is taken from them. Its
+        operation then costs what the last of its rows says, also of those to come, or nothing if there is none: where they
+        told their difference to it, a row makes up for it. Usage that can be written but costs something else is better
+        retried, then corrected (CorrectionService). Sent again it changes nothing and gets the same answer, whatever the
+        reason. DEAD_EVENT_REFUSED: that row cannot be, and it stands.
         """
 
 def add_DeadEventServiceServicer_to_server(servicer: DeadEventServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

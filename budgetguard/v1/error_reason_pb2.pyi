@@ -112,7 +112,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """409: POST /admin/usage/deadevents/17-1750000000000-0/retry of one that was discarded; metadata: its state."""
     ERROR_REASON_DEAD_EVENT_REFUSED: _ErrorReason.ValueType  # 111
     """400: POST /admin/usage/deadevents/17-1750000000000-0/retry while no version of BudgetGuard that runs can read it, or
-    the database still refuses it; metadata: the error. It stands as it did.
+    the database still refuses it; or its discard, while the database refuses the row that makes up for it; metadata:
+    the error. It stands as it did.
     """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
@@ -210,6 +211,7 @@ ERROR_REASON_DEAD_EVENT_RESOLVED: ErrorReason.ValueType  # 110
 """409: POST /admin/usage/deadevents/17-1750000000000-0/retry of one that was discarded; metadata: its state."""
 ERROR_REASON_DEAD_EVENT_REFUSED: ErrorReason.ValueType  # 111
 """400: POST /admin/usage/deadevents/17-1750000000000-0/retry while no version of BudgetGuard that runs can read it, or
-the database still refuses it; metadata: the error. It stands as it did.
+the database still refuses it; or its discard, while the database refuses the row that makes up for it; metadata:
+the error. It stands as it did.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

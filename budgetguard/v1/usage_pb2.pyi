@@ -160,7 +160,7 @@ class LedgerRow(_message.Message):
     PRICED_MODEL_FIELD_NUMBER: _builtins.int
     operation_id: _builtins.str
     sequence: _builtins.int
-    """Counts an operation's rows from 1."""
+    """Counts an operation's rows from 1. 0 or less: the row makes up for a dead event that was discarded (DeadEventService)."""
     tenant_id: _builtins.str
     api_key_id: _builtins.str
     api: _builtins.str

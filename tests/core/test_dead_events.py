@@ -1,6 +1,12 @@
 import pytest
 
-from budgetguard.core.dead_events import DeadEventState, RecordedDeadEvent, split_dead_event_id, tenant_told
+from budgetguard.core.dead_events import (
+    DeadEventState,
+    RecordedDeadEvent,
+    operation_told,
+    split_dead_event_id,
+    tenant_told,
+)
 
 DEAD = RecordedDeadEvent(
     shard=17,
@@ -54,3 +60,17 @@ def test_an_entry_without_the_name_of_a_tenant_tells_nobody(facts):
 
 def test_an_entry_without_facts_tells_nobody():
     assert tenant_told({"nonsense": "x"}) == ""
+
+
+@pytest.mark.parametrize(
+    ("facts", "operation_id"),
+    [
+        ('{"operation_id":"op-1","unheard-of":5}', "op-1"),
+        ('{"operation_id":"op\\u0000"}', ""),
+        ('{"operation_id":5}', ""),
+        ('{"tenant_id":"acme"}', ""),
+        ("{", ""),
+    ],
+)
+def test_an_entry_tells_which_operation_it_is_of(facts, operation_id):
+    assert operation_told({"facts": facts}) == operation_id

@@ -7,10 +7,16 @@ from typing import Any
 import orjson
 
 from budgetguard.adapters.postgres.journal import write_audit
-from budgetguard.adapters.postgres.ledger import insert_late
+from budgetguard.adapters.postgres.ledger import insert_late, make_up
 from budgetguard.adapters.postgres.paging import make_page, page_limit, read_token
 from budgetguard.adapters.postgres.pool import Connection, Database
-from budgetguard.core.dead_events import DeadEventFilter, DeadEventState, RecordedDeadEvent, split_dead_event_id
+from budgetguard.core.dead_events import (
+    DeadEventFilter,
+    DeadEventState,
+    RecordedDeadEvent,
+    operation_told,
+    split_dead_event_id,
+)
 from budgetguard.core.entities import REASON_CHARACTERS_MAX, Page
 from budgetguard.core.errors import DeadEventRefusedError, DeadEventResolvedError, InvalidError, NotFoundError
 from budgetguard.core.events import UsageEvent
@@ -99,9 +105,12 @@ class DeadEventRepository:
     async def discard(self, dead_event_id: str, *, reason: str, actor: str) -> RecordedDeadEvent:
         """Say that the ledger is right without it; one that was discarded already is told, and left as it is.
 
+        From then on the rows of its operation sum to what their last word says, also those that are still to come.
+
         Raises:
             NotFoundError: there is none of this id.
             DeadEventResolvedError: it was retried, so the ledger has it.
+            DeadEventRefusedError: the ledger does not take the row that this needs; it stands as it did.
             InvalidError: the reason cannot be.
         """
         if not reason.strip():
@@ -114,7 +123,15 @@ class DeadEventRepository:
                 return dead
             if dead.state is not DeadEventState.STANDING:
                 raise DeadEventResolvedError(dead_event_id, state=dead.state)
-            return await _resolve(connection, dead, DeadEventState.DISCARDED, actor=actor, reason=reason)
+            # Only of its own tenant: what tells none may be told to be of anybody's operation.
+            operation_id = operation_told(dead.fields) if dead.tenant_id else ""
+            if operation_id:
+                refused = await make_up(connection, dead, operation_id=operation_id)
+                if refused:
+                    raise DeadEventRefusedError(dead_event_id, error=refused, discarding=True)
+            return await _resolve(
+                connection, dead, DeadEventState.DISCARDED, actor=actor, reason=reason, operation_id=operation_id
+            )
 
 
 async def _read(connection: Connection, dead_event_id: str, *, lock: bool = False) -> RecordedDeadEvent:
@@ -133,17 +150,25 @@ async def _read(connection: Connection, dead_event_id: str, *, lock: bool = Fals
 
 
 async def _resolve(
-    connection: Connection, dead: RecordedDeadEvent, state: DeadEventState, *, actor: str, reason: str = ""
+    connection: Connection,
+    dead: RecordedDeadEvent,
+    state: DeadEventState,
+    *,
+    actor: str,
+    reason: str = "",
+    operation_id: str = "",
 ) -> RecordedDeadEvent:
     row = await connection.fetchrow(
         f"""
-        UPDATE dead_events SET state = $3, reason = $4, resolved_at = now() WHERE shard = $1 AND event_id = $2
+        UPDATE dead_events SET state = $3, reason = $4, operation_id = $5, resolved_at = now()
+        WHERE shard = $1 AND event_id = $2
         RETURNING {_COLUMNS}
         """,
         dead.shard,
         dead.event_id,
         state,
         reason,
+        operation_id,
     )
     await write_audit(
         connection,

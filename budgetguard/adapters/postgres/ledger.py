@@ -10,7 +10,7 @@ import orjson
 
 from budgetguard.adapters.postgres.pool import Connection, Database, fetch_within, moment
 from budgetguard.adapters.redis.keys import shard_of
-from budgetguard.core.dead_events import tenant_told
+from budgetguard.core.dead_events import RecordedDeadEvent, operation_told, tenant_told
 from budgetguard.core.events import UsageEvent, entry_order
 from budgetguard.core.operation import End, OperationFacts
 from budgetguard.core.snapshot import SubjectKind
@@ -105,6 +105,29 @@ _INSERT_LATE = f"""
     ON CONFLICT DO NOTHING
 """
 
+# What makes up for an event that will never be a row, where later ones told their difference to it. The event may be
+# hardly readable, so the row is made like the operation's first one, which the ledger took, and stands before it: it is
+# never the last word. It happened when the event did, for counters have it from there.
+_MADE_UP = {
+    "sequence": "least(sequence, 1) - 1",
+    "delta_nanos": "last_nanos - cost_nanos",
+    "amount_nanos": "last_nanos",
+    "usage": "NULL",
+    "event_id": "$3::text",
+    "detail": "$4::text",
+}
+_MAKE_UP = f"""
+    INSERT INTO usage_ledger ({_NAMES})
+    SELECT {", ".join(_MADE_UP.get(name, name) for name, _ in _INSERT_COLUMNS)} FROM (
+        SELECT DISTINCT ON (held_at) *, sum(delta_nanos) OVER call AS cost_nanos,
+            first_value(amount_nanos) OVER (call ORDER BY rank DESC, sequence DESC) AS last_nanos
+        FROM usage_ledger WHERE tenant_id = $1 AND operation_id = $2
+        WINDOW call AS (PARTITION BY held_at)
+        ORDER BY held_at, rank, sequence
+    ) AS first
+    WHERE cost_nanos <> last_nanos
+"""
+
 # Locks the shard's position until the commit, so two workers never write one shard's rows at the same time, and a
 # forgotten operation's sum cannot miss a row. The position never goes back.
 _MOVE_POSITION = """
@@ -190,8 +213,9 @@ class LedgerRepository:
             await _move_positions(
                 connection, [*((s, i) for s, i, _ in deliveries), *((d.shard, d.event_id) for d in dead)]
             )
-            for looks_first, run in groupby(deliveries, key=_looks_first):
-                added, wrong = await _insert(connection, list(run), looks_first=looks_first)
+            discarded = await _discarded(connection, deliveries)
+            for statement, run in groupby(deliveries, key=lambda delivery: _statement(delivery, discarded)):
+                added, wrong = await _insert(connection, list(run), statement=statement)
                 rows += added
                 refused += wrong
             if refused:
@@ -282,6 +306,22 @@ async def insert_late(connection: Connection, delivery: Delivery) -> str:
     return ""
 
 
+async def make_up(connection: Connection, dead: RecordedDeadEvent, *, operation_id: str) -> str:
+    """Let the rows of a discarded event's operation say what their last word says; says why Postgres refuses that.
+
+    Events of it that come later are seen to by whoever writes them.
+    """
+    # For its lock: what is not a row by now is written by somebody who sees that the event is discarded.
+    await _move_positions(connection, [(dead.shard, dead.event_id)])
+    detail = f"makes up for the dead event {dead.dead_event_id}, which was discarded"
+    try:
+        async with connection.transaction():
+            await connection.execute(_MAKE_UP, dead.tenant_id, operation_id, dead.event_id, detail)
+    except _POISON as error:
+        return _refused(error)
+    return ""
+
+
 async def _move_positions(connection: Connection, entries: Sequence[tuple[int, str]]) -> None:
     newest: dict[int, tuple[int, int]] = {}
     for shard, event_id in entries:
@@ -290,20 +330,34 @@ async def _move_positions(connection: Connection, entries: Sequence[tuple[int, s
     await connection.executemany(_MOVE_POSITION, [(shard, *newest[shard]) for shard in sorted(newest)])
 
 
-def _looks_first(delivery: Delivery) -> bool:
-    """Whether an event is told without knowing what the ledger has of its operation.
+async def _discarded(connection: Connection, deliveries: Sequence[Delivery]) -> list[str]:
+    """List operations of which an event was discarded: later ones may tell their difference to what no row has."""
+    told = {operation_told(event.to_fields()) for _, _, event in deliveries if event.sequence > 1} - {""}
+    if not told:
+        return []  # as a rule: a call has one end
+    rows = await connection.fetch(
+        "SELECT DISTINCT operation_id FROM dead_events WHERE operation_id <> '' AND operation_id = ANY($1)", told
+    )
+    return [row["operation_id"] for row in rows]
 
-    So is an expiry: a Redis that came back older may expire a hold whose end has long been in the ledger.
+
+def _statement(delivery: Delivery, discarded: Collection[str]) -> str:
+    """Choose how an event is written: by what it says, or by what the ledger has of its operation.
+
+    Not knowing the ledger, it may be told of an operation that Redis has forgotten. So may an expiry: a Redis that came
+    back older may expire a hold whose end has long been in the ledger.
     """
     _, _, event = delivery
-    return event.forgotten or event.end is End.EXPIRED
+    if event.forgotten or event.end is End.EXPIRED:
+        return _INSERT_FORGOTTEN
+    return _INSERT_LATE if event.sequence > 1 and event.facts.operation_id in discarded else _INSERT
 
 
 async def _insert(
-    connection: Connection, deliveries: Sequence[Delivery], *, looks_first: bool
+    connection: Connection, deliveries: Sequence[Delivery], *, statement: str
 ) -> tuple[int, list[DeadEvent]]:
     """Insert all at once; when one is refused, one by one. Those that look first may look at one another's rows."""
-    if not looks_first:
+    if statement == _INSERT:
         try:
             return await _insert_all(connection, _INSERT, deliveries), []
         except _POISON as error:
@@ -312,7 +366,7 @@ async def _insert(
     rows, dead = 0, []
     for delivery in deliveries:
         try:
-            rows += await _insert_all(connection, _INSERT_FORGOTTEN if looks_first else _INSERT, [delivery])
+            rows += await _insert_all(connection, statement, [delivery])
         except _POISON as error:
             dead.append(_dead(delivery, error))
     return rows, dead

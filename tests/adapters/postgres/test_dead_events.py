@@ -1,13 +1,16 @@
 import asyncio
+import random
 from dataclasses import replace
+from itertools import permutations, product
 
 import asyncpg
 import orjson
 import pytest
 
 from budgetguard.adapters.postgres import dead_events as module
+from budgetguard.adapters.postgres import ledger as ledger_module
 from budgetguard.adapters.postgres.dead_events import DeadEventRepository
-from budgetguard.adapters.postgres.ledger import DeadEvent
+from budgetguard.adapters.postgres.ledger import DeadEvent, Inserted
 from budgetguard.adapters.postgres.ledger_sums import LedgerSums
 from budgetguard.adapters.postgres.migrate import downgrade, migrate
 from budgetguard.adapters.postgres.tenants import TenantRepository
@@ -233,6 +236,163 @@ async def test_the_cost_is_what_the_last_word_says_whenever_an_event_comes(
     ]
     await ledger.insert_events(again)
     assert await spent() == sums[-1], "the stream brings it again"
+
+
+CORRECTED_AGAIN = {"end": End.CORRECTED, "sequence": 4, "delta_nanos": 30, "amount_nanos": 130}
+STORY = (EXPIRED, CONFIRMED, CORRECTED, CORRECTED_AGAIN)
+
+
+async def test_a_discard_leaves_what_the_last_word_says(dead_events, ledger, owner, spent):
+    """A call expired at 500, of which no row was made; then it was confirmed at 120, a difference of -380."""
+    dead_event_id = await put_aside(ledger, an_event("op-1", **EXPIRED))
+    await ledger.insert_events([a_delivery("op-1", shard=ACME, event_id="9-0", **CONFIRMED)])
+    assert await spent() == -380
+    await dead_events.discard(dead_event_id, reason="x", actor="a")
+    assert await spent() == 120
+    rows = await owner.fetch("SELECT * FROM usage_ledger ORDER BY rank, sequence")
+    told = [(row["end_state"], row["sequence"], row["delta_nanos"], row["amount_nanos"]) for row in rows]
+    assert told == [("CONFIRMED", 0, 500, 120), ("CONFIRMED", 2, -380, 120)]
+    assert (rows[0]["shard"], rows[0]["event_id"]) == (ACME, "5-0"), "sums up to an event count it where it happened"
+    assert rows[0]["detail"] == f"makes up for the dead event {dead_event_id}, which was discarded"
+    await dead_events.discard(dead_event_id, reason="x", actor="a")
+    assert await spent() == 120
+
+
+async def test_whatever_becomes_of_a_calls_events_its_rows_say_what_its_last_word_says(dead_events, ledger, owner):
+    """Each event is a row, or dead and then retried or discarded, as soon as it came or after all others came."""
+    numbers = iter(range(1, 1_000_000))
+    for story in product(["row", "retry", "discard", "retry late", "discard late"], repeat=3):
+        late = [number for number, fate in enumerate(story) if fate.endswith("late")]
+        for order in permutations(late):
+            operation_id, entries = f"op-{next(numbers)}", [f"{next(numbers)}-0" for _ in story]
+
+            async def end(number, story=story, entries=entries):
+                dead_event_id = f"{ACME}-{entries[number]}"
+                if story[number].startswith("retry"):
+                    await dead_events.retry(dead_event_id, actor="a")
+                else:
+                    await dead_events.discard(dead_event_id, reason="x", actor="a")
+
+            for number, changes in enumerate(STORY[:3]):
+                if story[number] == "row":
+                    delivery = a_delivery(operation_id, shard=ACME, event_id=entries[number], **changes)
+                    assert await ledger.insert_events([delivery]) == Inserted(rows=1, dead=0)
+                    continue
+                await put_aside(ledger, an_event(operation_id, **changes), event_id=entries[number])
+                if number not in late:
+                    await end(number)
+            for number in order:
+                await end(number)
+            kept = [amount for amount, fate in zip((500, 120, 100), story, strict=True) if "discard" not in fate]
+            cost = await owner.fetchval(
+                "SELECT coalesce(sum(delta_nanos), 0) FROM usage_ledger WHERE operation_id = $1", operation_id
+            )
+            assert cost == (kept[-1] if kept else 0), (story, order)
+
+
+async def test_differences_that_come_at_once_after_a_discard_are_told_to_the_ledger(dead_events, ledger, spent):
+    dead_event_id = await put_aside(ledger, an_event("op-1", **EXPIRED))
+    await dead_events.discard(dead_event_id, reason="x", actor="a")
+    others = [a_delivery("op-2", shard=ACME, delta_nanos=7), a_delivery("op-2", shard=ACME, **CORRECTED)]
+    ours = [a_delivery("op-1", shard=ACME, **changes) for changes in STORY[1:]]
+    unspeakable = a_delivery("op-\x00", shard=ACME, **CONFIRMED)
+    inserted = await ledger.insert_events([others[0], ours[0], others[1], unspeakable, *ours[1:]])
+    assert (inserted.rows, inserted.dead) == (5, 1)
+    assert await spent() == 130 + 7 - 20
+
+
+async def test_what_nobody_can_read_but_for_its_operation_is_made_up_for(dead_events, ledger, spent):
+    fields = {"facts": '{"tenant_id":"acme","operation_id":"op-1","unheard-of":1}', "end": "UNHEARD_OF"}
+    dead_event_id = await put_aside(ledger, fields)
+    await ledger.insert_events([a_delivery("op-1", shard=ACME, **CONFIRMED), a_delivery("op-2", shard=ACME)])
+    await dead_events.discard(dead_event_id, reason="x", actor="a")
+    assert await spent() == 120 + 100
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        '{"tenant_id":"acme"}',
+        '{"operation_id":"op-1"}',
+        f'{{"tenant_id":"acme","operation_id":"{random.Random(1).randbytes(10_000).hex()}"}}',
+        "nonsense",
+    ],
+    ids=["no operation", "no tenant", "an endless operation", "nothing"],
+)
+async def test_what_tells_no_operation_of_its_tenant_changes_no_row(dead_events, ledger, spent, facts):
+    dead_event_id = await put_aside(ledger, {"facts": facts})
+    await ledger.insert_events([a_delivery("op-1", shard=ACME, **CONFIRMED)])
+    await dead_events.discard(dead_event_id, reason="x", actor="a")
+    assert await spent() == -380
+
+
+async def test_of_a_neighbours_operation_no_row_is_changed(dead_events, ledger, spent):
+    """An event may tell another tenant's operation as its own."""
+    dead_event_id = await put_aside(ledger, {"facts": '{"tenant_id":"acme","operation_id":"op-1"}'})
+    await ledger.insert_events([a_delivery("op-1", shard=ACME, tenant_id="neighbour", **CONFIRMED)])
+    await dead_events.discard(dead_event_id, reason="x", actor="a")
+    assert await spent("neighbour") == -380
+
+
+async def test_a_discard_whose_row_the_ledger_refuses_has_not_happened(dead_events, ledger, owner, spent):
+    dead_event_id = await put_aside(ledger, an_event("dead", **EXPIRED))
+    await ledger.insert_events([a_delivery("dead", shard=ACME, **CONFIRMED)])
+    await owner.execute(REFUSING)
+    with pytest.raises(DeadEventRefusedError) as refused:
+        await dead_events.discard(dead_event_id, reason="x", actor="a")
+    assert refused.value.metadata["error"] == "refused by the ledger: CheckViolationError"
+    assert (await dead_events.get(dead_event_id)).state is DeadEventState.STANDING
+    assert (await spent(), await audited(owner)) == (-380, [])
+    await owner.execute(MENDED)
+    await dead_events.discard(dead_event_id, reason="x", actor="a")
+    assert await spent() == 120
+
+
+async def waits_for_a_lock(owner, task) -> bool:
+    """Wait until a task either waits for somebody's lock in Postgres or is done; says whether it waits."""
+    while not task.done():
+        if await owner.fetchval("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)"):
+            return True
+        await asyncio.sleep(0.01)
+    return False
+
+
+def stop_after(monkeypatch, module, name):
+    """Let a function of a module stop before it returns, inside of its transaction; returns (it stopped, go on)."""
+    stopped, go_on, function = asyncio.Event(), asyncio.Event(), getattr(module, name)
+
+    async def stopping(*arguments, **named):
+        answer = await function(*arguments, **named)
+        stopped.set()
+        await go_on.wait()
+        return answer
+
+    monkeypatch.setattr(module, name, stopping)
+    return stopped, go_on
+
+
+async def test_a_discard_sees_the_row_that_is_being_written(dead_events, ledger, owner, spent, monkeypatch):
+    dead_event_id = await put_aside(ledger, an_event("op-1", **EXPIRED))
+    stopped, go_on = stop_after(monkeypatch, ledger_module, "_insert")
+    drain = asyncio.create_task(ledger.insert_events([a_delivery("op-1", shard=ACME, **CONFIRMED)]))
+    await stopped.wait()
+    discard = asyncio.create_task(dead_events.discard(dead_event_id, reason="x", actor="a"))
+    assert await waits_for_a_lock(owner, discard)
+    go_on.set()
+    await asyncio.gather(drain, discard)
+    assert await spent() == 120
+
+
+async def test_a_row_is_written_by_what_a_discard_under_way_leaves(dead_events, ledger, owner, spent, monkeypatch):
+    dead_event_id = await put_aside(ledger, an_event("op-1", **EXPIRED))
+    stopped, go_on = stop_after(monkeypatch, module, "write_audit")
+    discard = asyncio.create_task(dead_events.discard(dead_event_id, reason="x", actor="a"))
+    await stopped.wait()
+    drain = asyncio.create_task(ledger.insert_events([a_delivery("op-1", shard=ACME, **CONFIRMED)]))
+    assert await waits_for_a_lock(owner, drain)
+    go_on.set()
+    await asyncio.gather(drain, discard)
+    assert await spent() == 120
 
 
 @pytest.mark.parametrize("reason", ["", "  ", "x" * 501, "a\nb"])
