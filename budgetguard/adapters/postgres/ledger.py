@@ -88,12 +88,8 @@ _INSERT_FORGOTTEN = f"""
     ON CONFLICT DO NOTHING
 """
 
-# One that was put aside, after others of the operation may have come: its cost is what the last word says, and what
-# the rows lack of that is this one's. It is a row in any case, so that the stream can never bring it again.
-_INSERT_LATE = f"""
-    INSERT INTO usage_ledger ({_NAMES})
-    SELECT {_CASTS.replace("delta_nanos", "coalesce(last_nanos, amount_nanos) - cost_nanos", 1)}
-    FROM unnest({_ARRAYS}) AS event ({_NAMES}), LATERAL (
+# What the rows of an event's operation sum to, and the amount that a word above the event's says, if there is one.
+_STANDING_AND_LATER = """LATERAL (
         SELECT coalesce(sum(row.delta_nanos), 0)::bigint AS cost_nanos
         FROM usage_ledger AS row WHERE row.held_at = event.held_at AND row.operation_id = event.operation_id
     ) AS standing LEFT JOIN LATERAL (
@@ -101,7 +97,24 @@ _INSERT_LATE = f"""
         WHERE row.held_at = event.held_at AND row.operation_id = event.operation_id
             AND (row.rank > event.rank OR (row.rank = event.rank AND (row.rank < 4 OR row.sequence >= event.sequence)))
         ORDER BY row.rank DESC, row.sequence DESC LIMIT 1
-    ) AS later ON true
+    ) AS later ON true"""
+
+# One that was put aside, after others of the operation may have come: its cost is what the last word says, and what
+# the rows lack of that is this one's. It is a row in any case, so that the stream can never bring it again.
+_INSERT_LATE = f"""
+    INSERT INTO usage_ledger ({_NAMES})
+    SELECT {_CASTS.replace("delta_nanos", "coalesce(last_nanos, amount_nanos) - cost_nanos", 1)}
+    FROM unnest({_ARRAYS}) AS event ({_NAMES}), {_STANDING_AND_LATER}
+    ON CONFLICT DO NOTHING
+"""
+
+# A hold that ran out. A Redis that came back older may tell it of a call whose end is in the ledger, and the rows say
+# what the end does: then nothing is lacking. Where they do not, this is what later ends have told their difference to:
+# they came first, for a worker was killed that had taken it.
+_INSERT_EXPIRED = f"""
+    INSERT INTO usage_ledger ({_NAMES})
+    SELECT {_CASTS} FROM unnest({_ARRAYS}) AS event ({_NAMES}), {_STANDING_AND_LATER}
+    WHERE last_nanos IS NULL OR last_nanos <> cost_nanos
     ON CONFLICT DO NOTHING
 """
 
@@ -158,8 +171,16 @@ _LAST_WORDS = """
 
 _FACTS = tuple(field.name for field in fields(OperationFacts))
 
-# What a single event can be wrong about: values out of range or not representable, or refused by a constraint.
-_POISON = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, OverflowError, ValueError, TypeError)
+# What a single event can be wrong about: values out of range, not representable or too long for an index, or refused by
+# a constraint.
+_POISON = (
+    asyncpg.DataError,
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.ProgramLimitExceededError,
+    OverflowError,
+    ValueError,
+    TypeError,
+)
 
 ERROR_CHARACTERS_MAX = 500
 
@@ -344,12 +365,13 @@ async def _discarded(connection: Connection, deliveries: Sequence[Delivery]) -> 
 def _statement(delivery: Delivery, discarded: Collection[str]) -> str:
     """Choose how an event is written: by what it says, or by what the ledger has of its operation.
 
-    Not knowing the ledger, it may be told of an operation that Redis has forgotten. So may an expiry: a Redis that came
-    back older may expire a hold whose end has long been in the ledger.
+    Not knowing the ledger, it may be told of an operation that Redis has forgotten.
     """
     _, _, event = delivery
-    if event.forgotten or event.end is End.EXPIRED:
+    if event.forgotten:
         return _INSERT_FORGOTTEN
+    if event.end is End.EXPIRED:
+        return _INSERT_EXPIRED
     return _INSERT_LATE if event.sequence > 1 and event.facts.operation_id in discarded else _INSERT
 
 

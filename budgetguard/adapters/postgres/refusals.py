@@ -59,7 +59,14 @@ _GROUPS = {
 _BY_TIME = (RefusalGroup.DAY, RefusalGroup.MINUTE)
 
 # What a single entry can be wrong about: values out of range or not representable, or refused by a constraint.
-_POISON = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, OverflowError, ValueError, TypeError)
+_POISON = (
+    asyncpg.DataError,
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.ProgramLimitExceededError,
+    OverflowError,
+    ValueError,
+    TypeError,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,7 @@
 import asyncio
 from collections import Counter
 from dataclasses import replace
+from itertools import permutations
 
 import pytest
 
@@ -122,6 +123,23 @@ async def test_each_rank_of_an_operation_is_a_row_and_their_sum_is_its_cost(ledg
     assert ends == [End.CONFIRMED, End.EXPIRED]
 
 
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+@pytest.mark.parametrize("together", [True, False])
+async def test_ends_sum_to_the_last_word_in_whatever_order_workers_write_them(ledger, order, together):
+    """Two workers take them from the stream, one is killed, and what it had taken is written later by a third."""
+    ends = [
+        a_delivery("op-1", end=End.EXPIRED, delta_nanos=500, amount_nanos=500, sequence=1, event_id="5-1"),
+        a_delivery("op-1", end=End.CONFIRMED, delta_nanos=-380, amount_nanos=120, sequence=2, event_id="5-2"),
+        a_delivery("op-1", end=End.CORRECTED, delta_nanos=-20, amount_nanos=100, sequence=3, event_id="5-3"),
+    ]
+    in_order = [ends[index] for index in order]
+    for batch in [in_order] if together else [[end] for end in in_order]:
+        await ledger.insert_events(batch)
+    assert await ledger.spent(**EVERYTHING) == 100
+    await ledger.insert_events(ends)
+    assert await ledger.spent(**EVERYTHING) == 100
+
+
 async def test_the_month_of_admission_decides_not_that_of_the_end(ledger, owner):
     held_at_ms = milliseconds("2001-01-31T23:59:59.999")
     await owner.execute("SELECT make_ledger_partition(date '2001-01-01'), make_ledger_partition(date '2001-02-01')")
@@ -213,6 +231,7 @@ async def test_the_position_moves_with_the_rows_and_never_back(ledger):
         {"ended_at_ms": -(10**18)},
         {"amount_nanos": -1},
         {"status": 2**40},
+        {"session_id": "".join(map(chr, range(200, 9000)))},
         {"model": 5},
     ],
     ids=lambda poison: next(iter(poison)),
