@@ -5,10 +5,9 @@ from dataclasses import dataclass, fields
 from itertools import groupby
 from typing import Any
 
-import asyncpg
 import orjson
 
-from budgetguard.adapters.postgres.pool import Connection, Database, fetch_within, moment
+from budgetguard.adapters.postgres.pool import POISON, Connection, Database, fetch_within, moment
 from budgetguard.adapters.redis.keys import shard_of
 from budgetguard.core.dead_events import RecordedDeadEvent, operation_told, tenant_told
 from budgetguard.core.events import UsageEvent, entry_order
@@ -171,17 +170,6 @@ _LAST_WORDS = """
 
 _FACTS = tuple(field.name for field in fields(OperationFacts))
 
-# What a single event can be wrong about: values out of range, not representable or too long for an index, or refused by
-# a constraint.
-_POISON = (
-    asyncpg.DataError,
-    asyncpg.IntegrityConstraintViolationError,
-    asyncpg.ProgramLimitExceededError,
-    OverflowError,
-    ValueError,
-    TypeError,
-)
-
 ERROR_CHARACTERS_MAX = 500
 
 
@@ -322,7 +310,7 @@ async def insert_late(connection: Connection, delivery: Delivery) -> str:
     await _move_positions(connection, [(shard, event_id)])
     try:
         await _insert_all(connection, _INSERT_LATE, [delivery])
-    except _POISON as error:
+    except POISON as error:
         return _refused(error)
     return ""
 
@@ -338,7 +326,7 @@ async def make_up(connection: Connection, dead: RecordedDeadEvent, *, operation_
     try:
         async with connection.transaction():
             await connection.execute(_MAKE_UP, dead.tenant_id, operation_id, dead.event_id, detail)
-    except _POISON as error:
+    except POISON as error:
         return _refused(error)
     return ""
 
@@ -382,14 +370,14 @@ async def _insert(
     if statement == _INSERT:
         try:
             return await _insert_all(connection, _INSERT, deliveries), []
-        except _POISON as error:
+        except POISON as error:
             if len(deliveries) == 1:
                 return 0, [_dead(deliveries[0], error)]
     rows, dead = 0, []
     for delivery in deliveries:
         try:
             rows += await _insert_all(connection, statement, [delivery])
-        except _POISON as error:
+        except POISON as error:
             dead.append(_dead(delivery, error))
     return rows, dead
 

@@ -39,6 +39,17 @@ _UNAVAILABLE = (
     asyncpg.InternalClientError,
 )
 
+# What a single row can be wrong about: values out of range, not representable or too long for an index, or refused by a
+# constraint.
+POISON = (
+    asyncpg.DataError,
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.ProgramLimitExceededError,
+    OverflowError,
+    ValueError,
+    TypeError,
+)
+
 
 class Database:
     """A pool of connections as the role of its URL. Use ``open_database``."""

@@ -4,11 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias, TypeVar
 
-import asyncpg
 import orjson
 
 from budgetguard.adapters.postgres.paging import make_page, page_limit, read_token
-from budgetguard.adapters.postgres.pool import Connection, Database, moment
+from budgetguard.adapters.postgres.pool import POISON, Connection, Database, moment
 from budgetguard.core.attempt_counts import Tally
 from budgetguard.core.attempts import (
     Attempt,
@@ -57,16 +56,6 @@ _GROUPS = {
     RefusalGroup.MINUTE: "to_char(minute AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI\"Z\"')",
 }
 _BY_TIME = (RefusalGroup.DAY, RefusalGroup.MINUTE)
-
-# What a single entry can be wrong about: values out of range or not representable, or refused by a constraint.
-_POISON = (
-    asyncpg.DataError,
-    asyncpg.IntegrityConstraintViolationError,
-    asyncpg.ProgramLimitExceededError,
-    OverflowError,
-    ValueError,
-    TypeError,
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,7 +198,7 @@ async def _insert(
     try:
         async with connection.transaction():  # a savepoint: a refused statement leaves the outer one usable
             await connection.executemany(statement, [values_of(entry) for entry in entries])
-    except _POISON:
+    except POISON:
         pass
     else:
         return []
@@ -218,7 +207,7 @@ async def _insert(
         try:
             async with connection.transaction():
                 await connection.execute(statement, *values_of(entry))
-        except _POISON:
+        except POISON:
             refused.append(number)
     return refused
 
