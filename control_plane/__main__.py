@@ -174,6 +174,8 @@ class ControlPlane:
         self._standings = StandingReader(self._redis)
         self.prices = PriceBook(self._counters)
         self._reconcile_metrics = ReconcileMetrics(self.registry)
+        # One set for all of this process: what an RPC leaves to be followed, the job follows.
+        self._waiting: set[str] = set()
         self._snapshots = self._snapshot_publisher(self._redis)
         self._publish_catalog = PublishCatalog(
             self._catalog, self._counters, clusters_path=settings.edge_clusters_path, ca_bundle=settings.ca_bundle
@@ -197,6 +199,7 @@ class ControlPlane:
             counters=Counters(redis),
             published=Published(redis),
             reconciler=self._reconciler(redis),
+            waiting=self._waiting,
         )
 
     def _reconciler(self, redis: RedisClient) -> Reconciler:
@@ -241,6 +244,7 @@ class ControlPlane:
                     refusals=self._refusals,
                     reconciler=self._reconciler(redis),
                     publisher=snapshots,
+                    waiting=self._waiting,
                 ),
                 CarryOver(
                     carries=CarryRepository(self._database),

@@ -27,7 +27,10 @@ FULL_SWEEP_EVERY_S = 300.0
 
 
 class SnapshotPublisher:
-    """Publishes what is newer. Used by the RPCs after their commit, by the sweep, and by a rebuild."""
+    """Publishes what is newer. Used by the RPCs after their commit, by the sweep, and by a rebuild.
+
+    Into ``waiting`` go tenants some of whose new counters hold what older calls do: to be compared until these ended.
+    """
 
     def __init__(
         self,
@@ -38,6 +41,7 @@ class SnapshotPublisher:
         counters: Counters,
         published: Published,
         reconciler: Reconciler,
+        waiting: set[str],
     ) -> None:
         self._tenants = tenants
         self._api_keys = api_keys
@@ -45,6 +49,7 @@ class SnapshotPublisher:
         self._counters = counters
         self._published = published
         self._reconciler = reconciler
+        self._waiting = waiting
 
     async def publish(self, tenant_id: str, *, wait: bool = True) -> None:
         """Publish a tenant, and its keys when it was deleted.
@@ -83,6 +88,8 @@ class SnapshotPublisher:
             comparison = await self._reconciler.compare(tenant_id, seeding_only=True, patient=patient)
             if not comparison.complete:
                 return False
+            if comparison.waiting:
+                self._waiting.add(tenant_id)
             for spec in seeding:
                 await self._budgets.mark_seeded(spec.budget_id, spec.spec_version)
             await self._counters.publish_tenant(await self._tenants.snapshot(tenant_id))

@@ -6,7 +6,7 @@ cannot be compared, as when its sums take too long, keeps no other waiting.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from budgetguard.adapters.postgres.budgets import BudgetRepository
 from budgetguard.adapters.postgres.ledger_activity import LedgerActivity
@@ -26,12 +26,15 @@ REFUSED_WITHIN_S = COMPARE_EVERY_S + 120.0
 # All tenants in turn: so many at a look, and not more often than this.
 SWEEP_COUNT = 5
 SWEEP_EVERY_S = 600.0
+# While older calls are under way, what they hold is computed anew all the time, but a comparison that takes long is not
+# made all the time: after it there is a pause of so many times its length.
+PAUSE_TIMES = 10
 # The first look of a process: what an earlier one has left behind is of calls, and no call is longer.
 FIRST_LOOK_S = 25 * 3600
 
 
 class ReconcileCounters:
-    """Several may run: a tenant is compared by one of them at a time."""
+    """Several may run: a tenant is compared by one of them at a time. ``waiting`` is the set that publishers fill."""
 
     name = "reconcile_counters"
     interval_s = 0.5
@@ -45,6 +48,7 @@ class ReconcileCounters:
         refusals: RefusalRepository,
         reconciler: Reconciler,
         publisher: SnapshotPublisher,
+        waiting: set[str],
         clock: Callable[[], float] = time.monotonic,
         compare_every_s: float = COMPARE_EVERY_S,
         sweep_every_s: float = SWEEP_EVERY_S,
@@ -55,6 +59,7 @@ class ReconcileCounters:
         self._refusals = refusals
         self._reconciler = reconciler
         self._publisher = publisher
+        self._waiting = waiting
         self._clock = clock
         self._compare_every_s = compare_every_s
         self._compared_at: float | None = None
@@ -64,8 +69,9 @@ class ReconcileCounters:
         # The tenant up to which this turn has come; ``None``: it is through.
         self._swept_until: str | None = None
         self._turns = Turns[str](job=self.name, what="tenant", clock=clock)
-        # Tenants to compare again: calls that some counter does not count are under way, or the last look failed.
-        self._again: set[str] = set()
+        # Tenants to compare again, and when (by the clock) at the soonest: calls that some counter does not count are
+        # under way, or the last look failed.
+        self._again: dict[str, float] = {}
 
     async def run_once(self) -> bool:
         """Compare what is due.
@@ -77,7 +83,8 @@ class ReconcileCounters:
         drifted = 0
         self._turns.begin()
         seeding = set(await self._budgets.seeding_tenants())
-        self._again |= seeding
+        self._add(seeding | self._waiting)
+        self._waiting.clear()
         for tenant_id in self._turns.due(seeding):
             with self._turns.apart(tenant_id):
                 await self._publisher.give_past(tenant_id)
@@ -85,22 +92,31 @@ class ReconcileCounters:
         now = self._clock()
         if self._compared_at is None or now - self._compared_at >= self._compare_every_s:
             activity = await self._activity.since(self._looked_until_ms, first_look_s=FIRST_LOOK_S)
-            self._again |= set(activity.oldest_held_ms)
-            self._again |= set(await self._refusals.tenants(Reason.BUDGET_EXCEEDED, within_s=REFUSED_WITHIN_S))
+            self._add(activity.oldest_held_ms)
+            self._add(await self._refusals.tenants(Reason.BUDGET_EXCEEDED, within_s=REFUSED_WITHIN_S))
             self._looked_until_ms, self._compared_at = activity.until_ms, now
-        self._again |= await self._next_of_all(now)
-        for tenant_id in self._turns.due(self._again - seeding):
+        self._add(await self._next_of_all(now))
+        again = {tenant_id for tenant_id, at in self._again.items() if at <= now}
+        for tenant_id in self._turns.due(again - seeding):
             with self._turns.apart(tenant_id):
                 drifted += await self._compare(tenant_id)
         if drifted:
             logger.warning("job=%s corrected=%d", self.name, drifted)
         return False
 
+    def _add(self, tenant_ids: Iterable[str]) -> None:
+        for tenant_id in tenant_ids:
+            self._again.setdefault(tenant_id, 0.0)
+
     async def _compare(self, tenant_id: str) -> int:
         """Compare one; returns how many of its counters were wrong."""
+        began = self._clock()
         comparison = await self._reconciler.compare(tenant_id)
+        ended = self._clock()
         if comparison.complete and not comparison.waiting:
-            self._again.discard(tenant_id)
+            self._again.pop(tenant_id, None)
+        else:
+            self._again[tenant_id] = ended + PAUSE_TIMES * (ended - began)
         return comparison.drifted
 
     async def _next_of_all(self, now: float) -> set[str]:

@@ -65,6 +65,7 @@ class Plane:
             now_ms=now_ms,
             drain_seconds=0.2,
         )
+        self.waiting = set()
         self.publisher = SnapshotPublisher(
             tenants=self.tenants,
             api_keys=self.api_keys,
@@ -72,6 +73,7 @@ class Plane:
             counters=self.counters,
             published=Published(self.redis),
             reconciler=self.reconciler,
+            waiting=self.waiting,
         )
         self.writer = LedgerWriter(self.events, self.ledger, metrics=self.metrics)
         self.rebuild = self.rebuilding()

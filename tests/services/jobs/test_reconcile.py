@@ -48,7 +48,8 @@ def the_job(plane, **changes) -> ReconcileCounters:
         refusals=RefusalRepository(plane.database),
         reconciler=plane.reconciler,
         publisher=plane.publisher,
-        **{"compare_every_s": 0, **changes},
+        waiting=plane.waiting,
+        **{"compare_every_s": 0, "clock": lambda: 0.0, **changes},
     )
 
 
@@ -97,6 +98,49 @@ async def test_until_the_ledger_has_what_redis_has_the_older_budget_is_enforced(
     assert (spec.seeding, spec.window, spec.limit_nanos) == (False, WindowKind.DAY, 120)
     refused = await plane.hold("op-4", nanos=60)
     assert (refused.kind, refused.limit, refused.spent, refused.held) == (Refusal.BUDGET, 120, 100, 10)
+
+
+async def test_what_older_calls_hold_in_a_budget_that_an_rpc_gave_its_past_is_free_when_they_have_ended(plane):
+    await plane.make_tenant()
+    clock = [1000.0]
+    job = the_job(plane, compare_every_s=60.0, clock=lambda: clock[0])
+    await job.run_once()
+    early, late = await plane.hold("op-early"), await plane.hold("op-late")
+    await plane.make_budget("day", window=WindowKind.DAY, limit_nanos=10**6)
+    await plane.publisher.publish("acme")
+    assert (await plane.counted())["day"] == (0, 200)
+    # Not only once a minute, as where calls end without such a budget.
+    for handoff, left in ((early, 100), (late, 0)):
+        await plane.counters.settle(a_settlement(handoff, 7), now_ms=now_ms())
+        await drain_all(plane)
+        clock[0] += 0.5
+        await job.run_once()
+        assert (await plane.counted())["day"][1] == left
+    assert (await plane.counted())["day"] == (14, 0)
+
+
+async def test_a_comparison_that_takes_long_is_not_made_all_the_time(plane, monkeypatch):
+    await plane.make_tenant()
+    await plane.hold("op-1")
+    clock, compared, compare = [1000.0], [], plane.reconciler.compare
+
+    async def slow(tenant_id, **how):
+        compared.append(tenant_id)
+        clock[0] += 3.0
+        return await compare(tenant_id, **how)
+
+    job = the_job(plane, compare_every_s=10**6, sweep_every_s=10**6, clock=lambda: clock[0])
+    await job.run_once()
+    await plane.make_budget("day", window=WindowKind.DAY)
+    await plane.publisher.publish("acme")
+    monkeypatch.setattr(plane.reconciler, "compare", slow)
+    await job.run_once()
+    clock[0] += 29.0
+    await job.run_once()
+    assert len(compared) == 1
+    clock[0] += 1.5
+    await job.run_once()
+    assert len(compared) == 2
 
 
 @pytest.mark.parametrize(
