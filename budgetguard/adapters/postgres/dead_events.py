@@ -10,6 +10,7 @@ from budgetguard.adapters.postgres.journal import write_audit
 from budgetguard.adapters.postgres.ledger import insert_late, make_up
 from budgetguard.adapters.postgres.paging import make_page, page_limit, read_token
 from budgetguard.adapters.postgres.pool import Connection, Database
+from budgetguard.adapters.redis.events import event_of
 from budgetguard.core.dead_events import (
     DeadEventFilter,
     DeadEventState,
@@ -19,7 +20,6 @@ from budgetguard.core.dead_events import (
 )
 from budgetguard.core.entities import REASON_CHARACTERS_MAX, Page
 from budgetguard.core.errors import DeadEventRefusedError, DeadEventResolvedError, InvalidError, NotFoundError
-from budgetguard.core.events import UsageEvent
 
 DEAD_EVENT = "dead event"
 
@@ -94,7 +94,7 @@ class DeadEventRepository:
             if dead.state is not DeadEventState.STANDING:
                 raise DeadEventResolvedError(dead_event_id, state=dead.state)
             try:
-                event = UsageEvent.from_fields(dead.fields)
+                event = event_of(dead.shard, dead.fields)
             except ValueError:
                 raise DeadEventRefusedError(dead_event_id, error="malformed") from None
             refused = await insert_late(connection, (dead.shard, dead.event_id, event))

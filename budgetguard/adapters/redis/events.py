@@ -1,6 +1,6 @@
 """Usage events on their way to the ledger: read by a consumer group, acknowledged after the commit, then trimmed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from budgetguard.adapters.redis import keys
 from budgetguard.adapters.redis.client import Argument, RedisClient, RedisReplyError, Reply
@@ -115,7 +115,19 @@ def _decode(shard: int, entries: Reply) -> list[tuple[int, str, UsageEvent | Mal
         entry_id, pairs = entry
         fields = dict(zip(pairs[::2], pairs[1::2], strict=True)) if pairs else {}
         try:
-            rows.append((shard, entry_id, UsageEvent.from_fields(fields)))
+            rows.append((shard, entry_id, event_of(shard, fields)))
         except ValueError:
             rows.append((shard, entry_id, MalformedEvent(fields)))
     return rows
+
+
+def event_of(shard: int, fields: Mapping[str, str]) -> UsageEvent:
+    """Read an entry of a shard's stream.
+
+    Raises:
+        ValueError: it cannot be read, or is of a tenant of another shard: no script of ours has written that.
+    """
+    event = UsageEvent.from_fields(fields)
+    if keys.shard_of(event.facts.tenant_id) != shard:
+        raise ValueError(f"an event of tenant {event.facts.tenant_id} in shard {shard}")
+    return event

@@ -135,6 +135,19 @@ async def test_a_malformed_entry_is_put_aside_and_blocks_nobody(plane, owner, ca
     assert "alarm=dead_events" in caplog.text
 
 
+async def test_an_event_in_another_shard_than_its_tenant_s_is_put_aside(plane, owner):
+    """It would be a row of somebody else's, and take the place of the true one."""
+    await plane.make_tenant()
+    await plane.call("op-1", 10)
+    ((_, pairs),) = await plane.redis.command("XRANGE", keys.usage(ACME), "-", "+")
+    facts = pairs.index("facts") + 1
+    pairs[facts] = pairs[facts].replace('"acme"', '"globex"')
+    await plane.redis.command("XADD", keys.usage(ACME), "*", *pairs)
+    await drain_all(plane.drain())
+    assert (await plane.in_ledger(), await plane.in_ledger("globex")) == (10, 0)
+    assert await owner.fetchval("SELECT error FROM dead_events") == "malformed"
+
+
 async def test_every_rank_of_a_call_gets_there_in_order(plane):
     await plane.make_tenant()
     handoff = await plane.hold("op-1", nanos=100)
