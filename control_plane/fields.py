@@ -9,6 +9,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from budgetguard.core.errors import InvalidError
+from budgetguard.core.moments import EARLIEST_MS, LATEST_MS
 from budgetguard.core.money import parse_usd
 from budgetguard.v1 import correction_pb2, refusal_pb2, usage_pb2
 
@@ -17,17 +18,18 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _EXPECTED_INSTANT = (
     "expected an ISO date (2026-01-31) or a time in RFC 3339 with its zone (2026-01-31T12:00:00Z; a + is %2B in a URL)"
 )
+_EXPECTED_YEARS = "expected a time in the years 1970 to 9999"
 
 
 def milliseconds(moment: Timestamp, *, field: str) -> int:
     """Read a Timestamp, down to whole milliseconds.
 
     Raises:
-        InvalidError: outside the years 1 to 9999, or its nanos are not.
+        InvalidError: outside the years 1970 to 9999, or its nanos are not.
     """
-    if not -62_135_596_800 <= moment.seconds < 253_402_300_800 or not 0 <= moment.nanos < 10**9:
-        raise InvalidError(field, "expected a time in the years 1 to 9999")
-    return moment.seconds * 1000 + moment.nanos // 10**6
+    if not 0 <= moment.nanos < 10**9:
+        raise InvalidError(field, f"{_EXPECTED_YEARS}, with nanos of 0 to 999999999")
+    return _in_range(moment.seconds * 1000 + moment.nanos // 10**6, field=field)
 
 
 def instant(text: str, *, field: str, whole_day: bool = False, zone: tzinfo = UTC) -> int:
@@ -36,7 +38,7 @@ def instant(text: str, *, field: str, whole_day: bool = False, zone: tzinfo = UT
     A date begins at midnight in ``zone``.
 
     Raises:
-        InvalidError: it is neither.
+        InvalidError: it is neither, or outside the years 1970 to 9999.
     """
     try:
         if _DATE.fullmatch(text):
@@ -46,9 +48,18 @@ def instant(text: str, *, field: str, whole_day: bool = False, zone: tzinfo = UT
             moment = datetime.fromisoformat(text)
         if moment.tzinfo is None:
             raise ValueError(text)
-        return (moment - _EPOCH) // timedelta(milliseconds=1)
-    except (ValueError, OverflowError):
+    except ValueError:
         raise InvalidError(field, _EXPECTED_INSTANT) from None
+    except OverflowError:
+        # At the calendar's ends: a last day has no end there, and other zones have other years.
+        raise InvalidError(field, _EXPECTED_YEARS) from None
+    return _in_range((moment - _EPOCH) // timedelta(milliseconds=1), field=field)
+
+
+def _in_range(moment_ms: int, *, field: str) -> int:
+    if not EARLIEST_MS <= moment_ms <= LATEST_MS:
+        raise InvalidError(field, _EXPECTED_YEARS)
+    return moment_ms
 
 
 def instants_between(

@@ -12,6 +12,7 @@ from budgetguard.core.api_key import TENANT_ID_PATTERN as ID_PATTERN
 from budgetguard.core.catalog import Catalog, ProviderSpec, cluster_name, usd_from_json, usd_to_json
 from budgetguard.core.entities import Provider
 from budgetguard.core.errors import InvalidError, NotFoundError
+from budgetguard.core.moments import EARLIEST_MS, LATEST_MS
 from budgetguard.core.pricing import PriceOverride
 
 PROVIDER = "provider"
@@ -22,9 +23,13 @@ PROVIDERS_MAX = 1_000
 PRICES_MAX = 10_000
 
 _PROVIDER_COLUMNS = "provider_id, kind, base_url, api_key_env, enabled, version"
-_PRICE_COLUMNS = (
-    "price_id, provider_id, model, usd, epoch_ms(starts_at) AS starts_at_ms, epoch_ms(ends_at) AS ends_at_ms"
-)
+# A row may hold infinity, or years that no API spells. All tenants share what is built of these rows, so that one is
+# read as from the earliest moment, or without an end, instead of failing all others with it.
+_EARLIEST, _LATEST = (f"timestamptz '{moment(at_ms).isoformat()}'" for at_ms in (EARLIEST_MS, LATEST_MS))
+_PRICE_COLUMNS = f"""
+    price_id, provider_id, model, usd, epoch_ms(least(greatest(starts_at, {_EARLIEST}), {_LATEST})) AS starts_at_ms,
+    epoch_ms(CASE WHEN ends_at <= {_LATEST} THEN ends_at END) AS ends_at_ms
+"""
 
 
 class CatalogRepository:
@@ -88,6 +93,10 @@ class CatalogRepository:
             InvalidError: a value cannot be, or the id belongs to other rates.
         """
         usd_from_json(usd_to_json(price))
+        for field, at_ms in (("starts_at_ms", price.starts_at_ms), ("ends_at_ms", price.ends_at_ms)):
+            # What is read back otherwise would be another price than this one.
+            if at_ms is not None and not EARLIEST_MS <= at_ms <= LATEST_MS:
+                raise InvalidError(field, "expected a time in the years 1970 to 9999")
         async with self._database.transaction() as connection:
             await _lock_catalog(connection)
             if not await connection.fetchval("SELECT true FROM providers WHERE provider_id = $1", price.provider_id):
@@ -101,22 +110,19 @@ class CatalogRepository:
                 return price
             if before is not None and replace(before, ends_at_ms=price.ends_at_ms) != price:
                 raise InvalidError("price_id", "expected a new id for other rates; a row of this id exists")
-            try:
-                await connection.execute(
-                    """
-                    INSERT INTO prices (price_id, provider_id, model, usd, starts_at, ends_at)
-                    VALUES ($1, $2, $3, $4, $5, $6)
-                    ON CONFLICT (price_id) DO UPDATE SET ends_at = excluded.ends_at, updated_at = now()
-                    """,
-                    price.price_id,
-                    price.provider_id,
-                    price.model,
-                    usd_to_json(price),
-                    moment(price.starts_at_ms),
-                    moment_or_none(price.ends_at_ms),
-                )
-            except OverflowError:
-                raise InvalidError("ends_at_ms", "expected a time before the year 10000") from None
+            await connection.execute(
+                """
+                INSERT INTO prices (price_id, provider_id, model, usd, starts_at, ends_at)
+                VALUES ($1, $2, $3, $4, $5, $6)
+                ON CONFLICT (price_id) DO UPDATE SET ends_at = excluded.ends_at, updated_at = now()
+                """,
+                price.price_id,
+                price.provider_id,
+                price.model,
+                usd_to_json(price),
+                moment(price.starts_at_ms),
+                moment_or_none(price.ends_at_ms),
+            )
             await _changed(
                 connection,
                 actor=actor,

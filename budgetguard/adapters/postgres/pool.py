@@ -142,15 +142,22 @@ async def _prepare(connection: Connection) -> None:
 
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# asyncpg writes it as -infinity, which comes back as no number of milliseconds. The last one it takes for infinity is
+# finer than a millisecond.
+_INFINITE = datetime.min.replace(tzinfo=UTC)
 
 
 def moment(milliseconds: int) -> datetime:
     """Turn Unix milliseconds into what a timestamptz parameter takes, exactly.
 
     Raises:
-        OverflowError: beyond the year 9999.
+        OverflowError: beyond the year 9999, or not after the beginning of the year 1.
     """
-    return _EPOCH + timedelta(milliseconds=milliseconds)
+    found = _EPOCH + timedelta(milliseconds=milliseconds)
+    if found == _INFINITE:
+        msg = "the beginning of time is -infinity to Postgres"
+        raise OverflowError(msg)
+    return found
 
 
 def moment_or_none(milliseconds: int | None) -> datetime | None:

@@ -5,9 +5,11 @@ from decimal import Decimal
 import pytest
 
 from budgetguard.adapters.postgres.catalog import CatalogRepository
+from budgetguard.adapters.postgres.pool import moment
 from budgetguard.core.catalog import Catalog
 from budgetguard.core.entities import Provider
 from budgetguard.core.errors import InvalidError, NotFoundError
+from budgetguard.core.moments import EARLIEST_MS, LATEST_MS
 from budgetguard.core.pricing import PriceOverride
 
 OPENAI = Provider(provider_id="openai", kind="openai", base_url="https://api.openai.com", api_key_env="OPENAI_API_KEY")
@@ -58,8 +60,27 @@ async def test_a_prices_rates_stay_what_they_were(catalog):
     assert (await catalog.catalog()).prices == (ended,)
     with pytest.raises(InvalidError, match="new id"):
         await catalog.put_price(replace(PRICE, usd={"input_tokens": Decimal(2)}), actor="a")
-    with pytest.raises(InvalidError):
-        await catalog.put_price(replace(PRICE, ends_at_ms=10**18), actor="a")
+
+
+@pytest.mark.parametrize("field", ["starts_at_ms", "ends_at_ms"])
+@pytest.mark.parametrize("at_ms", [-62_135_596_800_000, EARLIEST_MS - 1, LATEST_MS + 1, 10**18])
+async def test_a_price_s_time_that_would_not_be_read_back_is_refused(catalog, field, at_ms):
+    await catalog.put_provider(OPENAI, actor="a")
+    with pytest.raises(InvalidError) as invalid:
+        await catalog.put_price(replace(PRICE, **{field: at_ms}), actor="a")
+    assert [one.field for one in invalid.value.violations] == [field]
+    assert await catalog.prices() == ()
+
+
+@pytest.mark.parametrize("milliseconds", [-62_135_596_800_000, -62_135_596_800_001, LATEST_MS + 1])
+def test_no_parameter_is_infinite(milliseconds):
+    with pytest.raises(OverflowError):
+        moment(milliseconds)
+
+
+@pytest.mark.parametrize("milliseconds", [-62_135_596_799_999, EARLIEST_MS, LATEST_MS])
+async def test_the_moments_between_come_back_to_the_millisecond(owner, milliseconds):
+    assert await owner.fetchval("SELECT epoch_ms($1)", moment(milliseconds)) == milliseconds
 
 
 @pytest.mark.parametrize(

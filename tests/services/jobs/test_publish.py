@@ -1,13 +1,18 @@
 import asyncio
 import json
+from dataclasses import replace
+from decimal import Decimal
 
 import pytest
 
 from budgetguard.adapters.postgres.top_ups import TopUpRepository
 from budgetguard.adapters.redis import keys
 from budgetguard.core.budget import Refusal
+from budgetguard.core.catalog import Catalog
 from budgetguard.core.entities import Provider, TopUpDraft
 from budgetguard.core.errors import NotFoundError
+from budgetguard.core.moments import EARLIEST_MS, LATEST_MS
+from budgetguard.core.pricing import PriceOverride
 from budgetguard.core.snapshot import KeyStatus, Status, SubjectKind, WindowKind
 from control_plane.jobs.publish_catalog import PublishCatalog
 from control_plane.jobs.publish_snapshots import FULL_SWEEP_EVERY_S, PublishSnapshots
@@ -172,6 +177,48 @@ async def test_providers_reach_envoy_and_the_data_plane(plane, tmp_path):
     await job.run_once()
     assert path.exists()
     assert await plane.counters.load_catalog() is not None
+
+
+@pytest.mark.parametrize(
+    ("starts_at", "ends_at", "starts_at_ms"),
+    [
+        ("-infinity", None, EARLIEST_MS),
+        ("0044-03-15 12:00+00 BC", None, EARLIEST_MS),
+        ("-infinity", "infinity", EARLIEST_MS),
+        ("infinity", None, LATEST_MS),
+        ("1970-01-01 00:00+00", "294276-01-01 00:00+00", 0),
+    ],
+)
+async def test_a_price_without_a_readable_time_keeps_no_other_from_being_published(
+    plane, owner, starts_at, ends_at, starts_at_ms
+):
+    provider = Provider(provider_id="openai", kind="openai", base_url="http://127.0.0.1:9", api_key_env="OPENAI_KEY")
+    await plane.catalog.put_provider(provider, actor="a")
+    good = PriceOverride(
+        price_id="good", provider_id="openai", model="g", usd={"input_tokens": Decimal(1)}, starts_at_ms=5
+    )
+    await plane.catalog.put_price(good, actor="a")
+    await owner.execute(
+        f"""
+        INSERT INTO prices (price_id, provider_id, model, usd, starts_at, ends_at)
+        VALUES ('bad', 'openai', 'b', '{{"input_tokens": "2"}}', '{starts_at}',
+            {"NULL" if ends_at is None else f"'{ends_at}'"})
+        """
+    )
+    await owner.execute("UPDATE catalog_state SET version = version + 1")
+    job = PublishCatalog(plane.catalog, plane.counters, clusters_path=None)
+    await job.run_once()
+    published = Catalog.from_json(await plane.counters.load_catalog())
+    bad = replace(good, price_id="bad", model="b", usd={"input_tokens": Decimal(2)}, starts_at_ms=starts_at_ms)
+    assert {price.price_id: price for price in published.prices} == {"good": good, "bad": bad}
+
+    # It is listed, said again, and ended, as any other.
+    assert await plane.catalog.prices() == (bad, good)
+    assert await plane.catalog.put_price(bad, actor="a") == bad
+    if starts_at_ms < LATEST_MS:
+        ended = await plane.catalog.put_price(replace(bad, ends_at_ms=99), actor="a")
+        await job.run_once()
+        assert ended in Catalog.from_json(await plane.counters.load_catalog()).prices
 
 
 async def test_a_change_while_a_budget_is_given_its_past_is_published_with_its_own(plane, monkeypatch):
