@@ -138,7 +138,7 @@ TELLING: dict[Reason, Telling] = {
         429,
         "RESOURCE_EXHAUSTED",
         "rate_limit_error",
-        retryable=False,
+        retryable=True,
         message="A budget that each of its subjects has for itself has as many subjects as it may.",
     ),
     Reason.BUDGET_EXCEEDED: Telling(

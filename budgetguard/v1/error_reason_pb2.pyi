@@ -79,7 +79,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_CONCURRENCY_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 25
     """429: A limit of 5 concurrent calls, and a sixth while five are under way."""
     ERROR_REASON_BUDGET_SUBJECTS_EXCEEDED: _ErrorReason.ValueType  # 26
-    """429: "Each session $2" for at most 1,000 sessions, and a call of the 1,001st."""
+    """429: "Each session $2" for at most 1,000 sessions, and a call of the 1,001st; metadata: budget_id,
+    subjects_max, window_starts_at, resets_at (none in a window that rolls or never ends: there subjects leave when they
+    are idle for its length, or 90 days), retryable (false for a call that needs more than the whole limit).
+    """
     ERROR_REASON_TAG_UNKNOWN: _ErrorReason.ValueType  # 40
     """400: X-Tags: serach, which is no tag of the tenant; the error names it."""
     ERROR_REASON_TAG_INACTIVE: _ErrorReason.ValueType  # 41
@@ -178,7 +181,10 @@ Retry-After, and retryable false: a call that alone could take 11,000.
 ERROR_REASON_CONCURRENCY_LIMIT_EXCEEDED: ErrorReason.ValueType  # 25
 """429: A limit of 5 concurrent calls, and a sixth while five are under way."""
 ERROR_REASON_BUDGET_SUBJECTS_EXCEEDED: ErrorReason.ValueType  # 26
-"""429: "Each session $2" for at most 1,000 sessions, and a call of the 1,001st."""
+"""429: "Each session $2" for at most 1,000 sessions, and a call of the 1,001st; metadata: budget_id,
+subjects_max, window_starts_at, resets_at (none in a window that rolls or never ends: there subjects leave when they
+are idle for its length, or 90 days), retryable (false for a call that needs more than the whole limit).
+"""
 ERROR_REASON_TAG_UNKNOWN: ErrorReason.ValueType  # 40
 """400: X-Tags: serach, which is no tag of the tenant; the error names it."""
 ERROR_REASON_TAG_INACTIVE: ErrorReason.ValueType  # 41
