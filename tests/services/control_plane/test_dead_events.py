@@ -110,6 +110,13 @@ async def test_the_alarm_rises_and_falls_with_them(program, rest, lose_usage):
     wait_for(standing)
 
 
+@pytest.mark.parametrize("path", ["/admin/tenant/{}/usage/deadevents", "/v1/admin/tenants/{}/usage/deadevents"])
+def test_a_tenant_that_there_is_not_has_no_list(rest, path):
+    for query in ({}, {"state": "STANDING"}):
+        missing = rest.get(path.format("nobody"), params=query)
+        assert (missing.status_code, reason(missing)) == (404, "RESOURCE_NOT_FOUND")
+
+
 def test_what_cannot_be_asked_is_refused_by_name(rest):
     assert list(violations(rest.get("/admin/usage/deadevents", params={"shard": 256}))) == ["shard"]
     assert list(violations(rest.get("/admin/usage/deadevents", params={"page_token": "x"}))) == ["page_token"]
