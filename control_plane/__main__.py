@@ -90,12 +90,13 @@ from control_plane.jobs.carry_over import CarryOver
 from control_plane.jobs.drain_refusals import DrainRefusals, DrainRefusalsMetrics
 from control_plane.jobs.drain_usage import DrainMetrics, DrainUsage, LedgerWriter
 from control_plane.jobs.expire_holds import ExpireHolds
-from control_plane.jobs.maintain_ledger import AlarmMetrics, MaintainLedger
+from control_plane.jobs.maintain_ledger import MaintainLedger
 from control_plane.jobs.publish_catalog import PublishCatalog
 from control_plane.jobs.publish_snapshots import PublishSnapshots, SnapshotPublisher
 from control_plane.jobs.rebuild_counters import RebuildCounters
 from control_plane.jobs.reconcile_counters import ReconcileCounters
 from control_plane.jobs.runner import JobMetrics, JobRunner
+from control_plane.jobs.watch_alarms import AlarmMetrics, WatchAlarms
 from control_plane.jobs.watch_thresholds import WatchThresholds
 from control_plane.publisher import Publisher
 from control_plane.reconciler import ReconcileMetrics, Reconciler
@@ -217,6 +218,7 @@ class ControlPlane:
     def _job_runner(self) -> JobRunner:
         redis = self._jobs_redis
         snapshots = self._snapshot_publisher(redis)
+        alarms = AlarmMetrics(self.registry)
         writer = LedgerWriter(UsageEvents(redis), self._ledger, metrics=DrainMetrics(self.registry))
         return JobRunner(
             (
@@ -262,12 +264,8 @@ class ControlPlane:
                     counters=Counters(redis),
                     now_ms=now_ms,
                 ),
-                MaintainLedger(
-                    MaintenanceRepository(self._database),
-                    self._ledger,
-                    self._refusals,
-                    metrics=AlarmMetrics(self.registry),
-                ),
+                MaintainLedger(MaintenanceRepository(self._database), self._refusals, metrics=alarms),
+                WatchAlarms(self._ledger, metrics=alarms),
             ),
             metrics=JobMetrics(self.registry),
         )

@@ -267,7 +267,7 @@ class ReserveRefused:
     STALE sets ``scope``: whose snapshot to load again. RATE, CALLS and TOKENS set ``scope``, ``limit`` (requests a
     minute, calls under way, tokens a minute) and ``retry_after_ms``. BUDGET sets ``limit`` to ``needed`` in nanos and
     names the budget, its window and when it has room again. SUBJECTS, a template that has all the subjects it may
-    have, names the budget, and ``limit`` is their number.
+    have (``subjects_max``), sets the same but ``spent`` and ``held``: this subject has none.
     """
 
     kind: Refusal
@@ -281,6 +281,7 @@ class ReserveRefused:
     subject: str = ""
     starts_at_ms: int | None = None
     resets_at_ms: int | None = None
+    subjects_max: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -65,7 +65,7 @@ def verdict(request: Reserve, standing: Standing, *, backlog_max: int = BACKLOG_
     )
     answer = reserve(shard, request, run_id=_RUN_ID, redis_ms=request.now_ms)
     if standing.full and (isinstance(answer, Reserved) or answer.kind in _LATER):
-        return no_more_subjects(request.limits()[min(standing.full)])
+        return no_more_subjects(request, request.limits()[min(standing.full)])
     return answer
 
 
@@ -87,6 +87,8 @@ def remedy(request: Reserve, refused: ReserveRefused, standing: Standing) -> Rem
             not_before_ms=refused.resets_at_ms if refused.needed <= refused.limit else None,
             short_nanos=refused.needed - left,
         )
+    if refused.kind is Refusal.SUBJECTS:
+        return Remedy(not_before_ms=refused.resets_at_ms if refused.needed <= refused.limit else None)
     return Remedy()
 
 

@@ -35,6 +35,7 @@ class Reason(StrEnum):
     TOO_LATE = "TOO_LATE"
     OPERATION_REPLAYED = "OPERATION_REPLAYED"
     PROVIDER_UNAVAILABLE = "PROVIDER_UNAVAILABLE"
+    ADMISSION_UNAVAILABLE = "ADMISSION_UNAVAILABLE"
     METERING_UNAVAILABLE = "METERING_UNAVAILABLE"
     INTERNAL = "INTERNAL"
 
@@ -138,7 +139,7 @@ TELLING: dict[Reason, Telling] = {
         429,
         "RESOURCE_EXHAUSTED",
         "rate_limit_error",
-        retryable=False,
+        retryable=True,
         message="A budget that each of its subjects has for itself has as many subjects as it may.",
     ),
     Reason.BUDGET_EXCEEDED: Telling(
@@ -172,6 +173,13 @@ TELLING: dict[Reason, Telling] = {
     ),
     Reason.PROVIDER_UNAVAILABLE: Telling(
         503, "UNAVAILABLE", "server_error", retryable=True, message="The provider could not be reached."
+    ),
+    Reason.ADMISSION_UNAVAILABLE: Telling(
+        503,
+        "UNAVAILABLE",
+        "server_error",
+        retryable=True,
+        message="The admission service did not answer, so the call was not forwarded.",
     ),
     Reason.METERING_UNAVAILABLE: Telling(
         503,

@@ -19,11 +19,7 @@ def deny_of(refused: ReserveRefused) -> Deny:
     if refused.kind in _LIMITS:
         return _limit_reached(refused)
     if refused.kind is Refusal.SUBJECTS:
-        return Deny(
-            Reason.BUDGET_SUBJECTS_EXCEEDED,
-            f"Budget {refused.budget_id} counts each subject by itself, and has the {refused.limit} that it may.",
-            facts={"budget_id": refused.budget_id, "subjects_max": refused.limit, "retryable": False},
-        )
+        return _subjects_exceeded(refused)
     return Deny(_REFUSED_AS[refused.kind], retry_after_seconds=None if refused.kind is Refusal.REPLAYED else 1)
 
 
@@ -65,6 +61,26 @@ _REFUSED_AS = {
     Refusal.REPLAYED: Reason.OPERATION_REPLAYED,
     Refusal.BACKLOG_FULL: Reason.BACKLOG_FULL,
 }
+
+
+def _subjects_exceeded(refused: ReserveRefused) -> Deny:
+    resets_at = None if refused.resets_at_ms is None else rfc3339(refused.resets_at_ms)
+    resets = f" It resets at {resets_at}." if resets_at else " A subject without calls for long enough leaves it."
+    return Deny(
+        Reason.BUDGET_SUBJECTS_EXCEEDED,
+        f"Budget {refused.budget_id} counts each subject by itself, and has the {refused.subjects_max} that it may."
+        f"{resets}",
+        facts={
+            "budget_id": refused.budget_id,
+            "subjects_max": refused.subjects_max,
+            "resets_at": resets_at,
+            # Subjects leave, with the window or when they are idle; what is more than the limit never fits.
+            "retryable": refused.needed <= refused.limit,
+            "subject_kind": "TENANT" if refused.scope is None else refused.scope.value,
+            "subject": refused.subject,
+            "window_starts_at": None if refused.starts_at_ms is None else rfc3339(refused.starts_at_ms),
+        },
+    )
 
 
 def budget_facts(

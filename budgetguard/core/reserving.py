@@ -139,7 +139,7 @@ def _hold_to_take(shard: Shard, request: Reserve, places: list[_Place]) -> tuple
     """Choose (hold, output tokens), or name the first limit that even the smallest hold does not fit."""
     full = next((place for place in places if not _has_room_for_subject(shard, request, place)), None)
     if full is not None:
-        return no_more_subjects(full.limit)
+        return no_more_subjects(request, full.limit)
     if any(place.left < 1 for place in places if place.limit.unit is Unit.CALLS):
         return _no_room(request, places)
     held = hold_that_fits(
@@ -151,10 +151,18 @@ def _hold_to_take(shard: Shard, request: Reserve, places: list[_Place]) -> tuple
     return held or _no_room(request, places)
 
 
-def no_more_subjects(limit: AppliedLimit) -> ReserveRefused:
-    """Refuse a subject that a template has no room for."""
+def no_more_subjects(request: Reserve, limit: AppliedLimit) -> ReserveRefused:
+    """Refuse a subject that a template has no room for, until others leave or its window resets."""
     return ReserveRefused(
-        kind=Refusal.SUBJECTS, budget_id=limit.budget_id, subject=limit.subject, limit=limit.subjects_max or 0
+        kind=Refusal.SUBJECTS,
+        scope=limit.scope,
+        subject=limit.subject,
+        budget_id=limit.budget_id,
+        limit=limit.limit,
+        needed=request.hold_nanos_min,
+        starts_at_ms=limit.starts_at_ms,
+        resets_at_ms=limit.resets_at_ms,
+        subjects_max=limit.subjects_max,
     )
 
 

@@ -71,7 +71,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 22
     """500: A bug: the log has it under the correlation id that the answer names."""
     ERROR_REASON_METERING_UNAVAILABLE: _ErrorReason.ValueType  # 23
-    """503: ext_proc was killed and is being started again; nothing was held for the call."""
+    """503: ext_proc was killed and is being started again, or does not answer; the call was not forwarded, or what the
+    provider answered is not passed on.
+    """
     ERROR_REASON_TOKEN_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 24
     """429: A limit of 10,000 tokens a minute, 9,000 of them used or held, and a call that could take 2,000. Without
     Retry-After, and retryable false: a call that alone could take 11,000.
@@ -79,7 +81,12 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_CONCURRENCY_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 25
     """429: A limit of 5 concurrent calls, and a sixth while five are under way."""
     ERROR_REASON_BUDGET_SUBJECTS_EXCEEDED: _ErrorReason.ValueType  # 26
-    """429: "Each session $2" for at most 1,000 sessions, and a call of the 1,001st."""
+    """429: "Each session $2" for at most 1,000 sessions, and a call of the 1,001st; metadata: budget_id,
+    subjects_max, window_starts_at, resets_at (none in a window that rolls or never ends: there subjects leave when they
+    are idle for its length, or 90 days), retryable (false for a call that needs more than the whole limit).
+    """
+    ERROR_REASON_ADMISSION_UNAVAILABLE: _ErrorReason.ValueType  # 27
+    """503: ext_authz was killed and is being started again, or does not answer; the call was not forwarded."""
     ERROR_REASON_TAG_UNKNOWN: _ErrorReason.ValueType  # 40
     """400: X-Tags: serach, which is no tag of the tenant; the error names it."""
     ERROR_REASON_TAG_INACTIVE: _ErrorReason.ValueType  # 41
@@ -170,7 +177,9 @@ ERROR_REASON_PROVIDER_UNAVAILABLE: ErrorReason.ValueType  # 21
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 22
 """500: A bug: the log has it under the correlation id that the answer names."""
 ERROR_REASON_METERING_UNAVAILABLE: ErrorReason.ValueType  # 23
-"""503: ext_proc was killed and is being started again; nothing was held for the call."""
+"""503: ext_proc was killed and is being started again, or does not answer; the call was not forwarded, or what the
+provider answered is not passed on.
+"""
 ERROR_REASON_TOKEN_LIMIT_EXCEEDED: ErrorReason.ValueType  # 24
 """429: A limit of 10,000 tokens a minute, 9,000 of them used or held, and a call that could take 2,000. Without
 Retry-After, and retryable false: a call that alone could take 11,000.
@@ -178,7 +187,12 @@ Retry-After, and retryable false: a call that alone could take 11,000.
 ERROR_REASON_CONCURRENCY_LIMIT_EXCEEDED: ErrorReason.ValueType  # 25
 """429: A limit of 5 concurrent calls, and a sixth while five are under way."""
 ERROR_REASON_BUDGET_SUBJECTS_EXCEEDED: ErrorReason.ValueType  # 26
-"""429: "Each session $2" for at most 1,000 sessions, and a call of the 1,001st."""
+"""429: "Each session $2" for at most 1,000 sessions, and a call of the 1,001st; metadata: budget_id,
+subjects_max, window_starts_at, resets_at (none in a window that rolls or never ends: there subjects leave when they
+are idle for its length, or 90 days), retryable (false for a call that needs more than the whole limit).
+"""
+ERROR_REASON_ADMISSION_UNAVAILABLE: ErrorReason.ValueType  # 27
+"""503: ext_authz was killed and is being started again, or does not answer; the call was not forwarded."""
 ERROR_REASON_TAG_UNKNOWN: ErrorReason.ValueType  # 40
 """400: X-Tags: serach, which is no tag of the tenant; the error names it."""
 ERROR_REASON_TAG_INACTIVE: ErrorReason.ValueType  # 41

@@ -63,7 +63,7 @@ class QuoteService(quote_pb2_grpc.QuoteServiceServicer):
         route, body = _asked(request)
         api = find_api("POST", route)
         if api is None:
-            raise InvalidError("route", f"expected one of {', '.join(REGISTRY)}")
+            raise _denied(Deny(Reason.ROUTE_UNKNOWN))
         facts = _parse(api, body)
         asked, plan = self._reserve(caller, api, facts)
         standing = await self._standings.read(asked)
@@ -170,6 +170,8 @@ def _asked(request: quote_pb2.QuoteRequest) -> tuple[str, bytes]:
         route, body = request.route, request.request
     else:
         route, body = _from_json(request.rest_body.data)
+    if not route:
+        raise InvalidError("route", f"expected one of {', '.join(REGISTRY)}")
     if not body:
         raise InvalidError("request", "expected the body of the call")
     return route, body

@@ -186,7 +186,7 @@ def test_each_subject_of_a_template_has_its_own_counter_up_to_their_number():
     assert (refused.kind, refused.subject, refused.scope) == (Refusal.BUDGET, "s1", SubjectKind.SESSION)
     assert isinstance(ask(shard, tenant, number=3, session_id="s2"), Reserved)
     full = ask(shard, tenant, number=4, session_id="s3")
-    assert (full.kind, full.budget_id, full.subject, full.limit) == (Refusal.SUBJECTS, "b1", "s3", 2)
+    assert (full.kind, full.budget_id, full.subject, full.subjects_max) == (Refusal.SUBJECTS, "b1", "s3", 2)
     # One that was not seen for long makes room.
     later = NOW_MS + IDLE_KEPT_MS + 6
     assert isinstance(ask(shard, tenant, number=4, session_id="s3", now_ms=later), Reserved)

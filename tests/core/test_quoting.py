@@ -15,7 +15,7 @@ from budgetguard.core.providers.api import RequestFacts
 from budgetguard.core.quoting import Remedy, Standing, remedy, verdict
 from budgetguard.core.rate_limit import Minute
 from budgetguard.core.reasons import Reason
-from budgetguard.core.snapshot import SubjectKind
+from budgetguard.core.snapshot import SubjectKind, WindowKind
 from tests.plugins.redis_calls import NOW_MS, a_budget, a_key, a_reserve, a_tenant
 
 PRICED = PricedModel(
@@ -156,6 +156,20 @@ def test_a_full_template_refuses_a_subject_that_it_does_not_know(full, changes, 
     unready = verdict(request, standing(Counter(), full=frozenset(full), ready=False))
     assert isinstance(unready, ReserveRefused)
     assert unready.kind is Refusal.NOT_READY
+
+
+@pytest.mark.parametrize(
+    ("changes", "waits"),
+    [({"window": WindowKind.DAY}, True), ({"window": WindowKind.DAY, "limit_nanos": 0}, False), ({}, False)],
+)
+def test_a_full_template_has_room_again_when_its_window_resets(changes, waits):
+    request = asked(a_budget(subject_kind=SubjectKind.API_KEY, each=True, subjects_max=2, **changes))
+    full = standing(Counter(), full=frozenset({0}))
+    told = verdict(request, full)
+    assert isinstance(told, ReserveRefused)
+    (limit,) = request.limits()
+    assert (told.subjects_max, told.starts_at_ms, told.resets_at_ms) == (2, limit.starts_at_ms, limit.resets_at_ms)
+    assert remedy(request, told, full) == Remedy(not_before_ms=limit.resets_at_ms if waits else None)
 
 
 @given(st.integers(0, 1200), st.integers(0, 1200), st.integers(0, 300))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from budgetguard.core.budget import Refusal, ReserveRefused
@@ -6,6 +8,17 @@ from budgetguard.core.refusals import deny_of
 from budgetguard.core.snapshot import SubjectKind
 
 BUDGET = {"kind": Refusal.BUDGET, "budget_id": "b1", "limit": 10**9, "spent": 9 * 10**8, "needed": 2 * 10**8}
+FULL = ReserveRefused(
+    kind=Refusal.SUBJECTS,
+    scope=SubjectKind.SESSION,
+    budget_id="b1",
+    subject="s",
+    limit=5,
+    needed=5,
+    starts_at_ms=30_000,
+    resets_at_ms=45_000,
+    subjects_max=7,
+)
 
 
 def test_a_budget_tells_whose_it_is_and_when_it_resets():
@@ -66,9 +79,17 @@ def test_a_budget_without_end_that_is_only_held_is_worth_a_retry():
             1,
         ),
         (
-            ReserveRefused(kind=Refusal.SUBJECTS, budget_id="b1", subject="s", limit=7),
+            FULL,
             Reason.BUDGET_SUBJECTS_EXCEEDED,
-            {"budget_id": "b1", "subjects_max": 7, "retryable": False},
+            {
+                "budget_id": "b1",
+                "subjects_max": 7,
+                "resets_at": "1970-01-01T00:00:45Z",
+                "retryable": True,
+                "subject_kind": "SESSION",
+                "subject": "s",
+                "window_starts_at": "1970-01-01T00:00:30Z",
+            },
             None,
         ),
         (ReserveRefused(kind=Refusal.NOT_READY), Reason.COUNTERS_NOT_READY, {}, 1),
@@ -78,6 +99,21 @@ def test_a_budget_without_end_that_is_only_held_is_worth_a_retry():
 def test_each_limit_tells_its_own_numbers(refused, reason, facts, seconds):
     deny = deny_of(refused)
     assert (deny.reason, deny.facts, deny.retry_after_seconds) == (reason, facts, seconds)
+
+
+@pytest.mark.parametrize(
+    ("changes", "retryable", "told"),
+    [
+        ({}, True, "It resets at 1970-01-01T00:00:45Z."),
+        # Subjects that are idle leave, too.
+        ({"resets_at_ms": None}, True, "A subject without calls for long enough leaves it."),
+        ({"needed": 6}, False, "It resets at 1970-01-01T00:00:45Z."),
+    ],
+)
+def test_a_subject_may_come_again_unless_its_call_never_fits(changes, retryable, told):
+    deny = deny_of(replace(FULL, **changes))
+    assert deny.facts["retryable"] is retryable
+    assert deny.message.endswith(told)
 
 
 @pytest.mark.parametrize(

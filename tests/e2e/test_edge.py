@@ -255,8 +255,14 @@ def test_own_answers_say_what_the_table_of_reasons_says(bare_edge, http):
 def test_without_ext_authz_nothing_passes(bare_edge, http):
     bare_edge.stop_server("authz")
     answer = http.post(PAID[0], json={})
-    assert answer.status_code == 503
-    assert "not forwarded" in error_of(answer)["message"]
+    telling = TELLING[Reason.ADMISSION_UNAVAILABLE]
+    assert answer.status_code == telling.http_status == 503
+    assert error_of(answer) == {
+        "message": telling.message,
+        "type": telling.openai_type,
+        "param": None,
+        "code": Reason.ADMISSION_UNAVAILABLE,
+    }
     assert bare_edge.provider.received == []
 
 
@@ -286,6 +292,14 @@ def test_without_the_meter_the_provider_is_not_called(bare_edge, http, how):
     answer = http.post(PAID[0], json={})
     assert answer.status_code == 503
     assert "metering" in error_of(answer)["message"]
+    assert bare_edge.provider.received == []
+
+
+def test_a_meter_that_hangs_is_told_as_one_that_is_gone(bare_edge, http):
+    bare_edge.processor.hold = threading.Event()
+    answer = http.post(PAID[0], json={})
+    bare_edge.processor.hold.set()
+    assert (answer.status_code, error_of(answer)["code"]) == (503, Reason.METERING_UNAVAILABLE)
     assert bare_edge.provider.received == []
 
 

@@ -119,7 +119,16 @@ def test_a_full_template_is_quoted(new_tenant):
     assert call(tenant, **one).status_code == 200
     assert told(quote(tenant, headers=one))["wouldPass"]
     facts = same_refusal(told(quote(tenant, headers=other)), call(tenant, **other))
-    assert facts["subjects_max"] == "1"
+    assert (facts["subjects_max"], facts["retryable"]) == ("1", "true")
+
+
+def test_a_full_template_tells_when_its_window_resets(new_tenant):
+    tenant = new_tenant({"period": "monthly", "amountUsd": 2, "each": "session", "subjectsMax": 1})
+    assert call(tenant, **{"X-Session-Id": "s1"}).status_code == 200
+    other = {"X-Session-Id": "s2"}
+    quoted = told(quote(tenant, headers=other))
+    facts = same_refusal(quoted, call(tenant, **other))
+    assert (facts["retryable"], facts["resets_at"]) == ("true", quoted["remedy"]["notBefore"])
 
 
 @pytest.mark.parametrize(

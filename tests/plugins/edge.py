@@ -83,10 +83,13 @@ class Processor(proc_grpc.ExternalProcessorServicer):
     def __init__(self) -> None:
         self.seen: list[ProcessingRequest] = []
         self.broken = False
+        self.hold: threading.Event | None = None
 
     def Process(self, requests, context):  # noqa: N802 - the protocol's name
         if self.broken:
             context.abort(grpc.StatusCode.INTERNAL, "broken by the test")
+        if self.hold is not None:
+            self.hold.wait(20)
         for request in requests:
             self.seen.append(request)
             match request.WhichOneof("request"):

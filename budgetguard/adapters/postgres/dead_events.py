@@ -10,6 +10,7 @@ from budgetguard.adapters.postgres.journal import write_audit
 from budgetguard.adapters.postgres.ledger import insert_late, make_up
 from budgetguard.adapters.postgres.paging import make_page, page_limit, read_token
 from budgetguard.adapters.postgres.pool import Connection, Database
+from budgetguard.adapters.postgres.tenant_rows import TENANT, read_tenant
 from budgetguard.adapters.redis.events import event_of
 from budgetguard.core.dead_events import (
     DeadEventFilter,
@@ -51,11 +52,14 @@ class DeadEventRepository:
 
         Raises:
             InvalidError: not a page token of this very listing.
+            NotFoundError: there never was such a tenant; those of a deleted one are listed.
         """
         listing = f"dead-events/{orjson.dumps(asdict(wanted)).decode()}"
         limit = page_limit(page_size)
         after = read_token(page_token, listing, [int, int, str])
         async with self._database.transaction() as connection:
+            if wanted.tenant_id and await read_tenant(connection, wanted.tenant_id) is None:
+                raise NotFoundError(TENANT, wanted.tenant_id)
             rows = await connection.fetch(
                 f"""
                 SELECT {_COLUMNS} FROM dead_events

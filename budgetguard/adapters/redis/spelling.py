@@ -84,7 +84,7 @@ def reserve_answer(request: Reserve, limits: tuple[AppliedLimit, ...], reply: li
         _, scope, limit, wait_ms = reply
         return ReserveRefused(kind=kind, scope=SubjectKind(scope), limit=int(limit), retry_after_ms=int(wait_ms))
     if kind is Refusal.SUBJECTS:
-        return no_more_subjects(limits[int(reply[1]) - 1])
+        return no_more_subjects(request, limits[int(reply[1]) - 1])
     return ReserveRefused(kind=kind, scope=SubjectKind(reply[1]) if kind is Refusal.STALE else None)
 
 

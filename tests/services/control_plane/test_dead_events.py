@@ -96,6 +96,27 @@ async def test_one_whose_cause_was_mended_is_retried(rest, tenant_id, put_aside)
     assert (late.status_code, reason(late)) == (409, "DEAD_EVENT_RESOLVED")
 
 
+async def test_the_alarm_rises_and_falls_with_them(program, rest, lose_usage):
+    def wait_for(number: int) -> None:
+        deadline = time.monotonic() + SECONDS
+        while f'budgetguard_ledger_alarms{{kind="dead_events"}} {number}.0' not in rest.get("/metrics").text:
+            assert time.monotonic() < deadline, program.log()[-3000:]
+            time.sleep(0.2)
+
+    standing = len(rest.get("/admin/usage/deadevents", params={"state": "STANDING"}).json()["deadEvents"])
+    lost = await lose_usage()
+    wait_for(standing + 1)
+    rest.post(f"/admin/usage/deadevents/{lost}/discard", json={"reason": "a test's"})
+    wait_for(standing)
+
+
+@pytest.mark.parametrize("path", ["/admin/tenant/{}/usage/deadevents", "/v1/admin/tenants/{}/usage/deadevents"])
+def test_a_tenant_that_there_is_not_has_no_list(rest, path):
+    for query in ({}, {"state": "STANDING"}):
+        missing = rest.get(path.format("nobody"), params=query)
+        assert (missing.status_code, reason(missing)) == (404, "RESOURCE_NOT_FOUND")
+
+
 def test_what_cannot_be_asked_is_refused_by_name(rest):
     assert list(violations(rest.get("/admin/usage/deadevents", params={"shard": 256}))) == ["shard"]
     assert list(violations(rest.get("/admin/usage/deadevents", params={"page_token": "x"}))) == ["page_token"]

@@ -3,7 +3,7 @@
 import pytest
 
 from control_plane.services.quotes import spelled_members
-from tests.services.control_plane.test_rest import violations
+from tests.services.control_plane.test_rest import reason, violations
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def asks(rest, key, content):
     [
         (b"", "route"),
         (b'{"route":5,"request":{}}', "route"),
-        (b'{"route":"/v1/nope","request":{}}', "route"),
+        (b'{"route":"","request":{}}', "route"),
         (b'{"route":"/v1/embeddings"}', "request"),
         (b'{"route":"/v1/embeddings","request":[]}', "request"),
         (b'{"route":"/v1/embeddings","request":{},"request":{}}', "request"),
@@ -32,6 +32,12 @@ def asks(rest, key, content):
 )
 def test_a_wrong_body_is_refused_by_field(rest, key, content, field):
     assert list(violations(asks(rest, key, content))) == [field]
+
+
+@pytest.mark.parametrize("route", ["/v1/audio/speech", "/v1/models", "nonsense"])
+def test_a_route_that_no_call_can_take_is_refused_as_the_call_is(rest, key, route):
+    answer = asks(rest, key, b'{"route":"%s","request":{}}' % route.encode())
+    assert (answer.status_code, reason(answer)) == (404, "ROUTE_UNKNOWN")
 
 
 def test_a_body_that_is_too_large_is_told_in_our_words(rest, key):

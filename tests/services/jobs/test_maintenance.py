@@ -5,7 +5,8 @@ from budgetguard.adapters.postgres.maintenance import MaintenanceRepository
 from budgetguard.adapters.postgres.refusals import RefusalRepository
 from budgetguard.core.attempts import RefusalFilter, RefusedCall
 from control_plane.jobs.expire_holds import ExpireHolds
-from control_plane.jobs.maintain_ledger import AlarmMetrics, MaintainLedger
+from control_plane.jobs.maintain_ledger import MaintainLedger
+from control_plane.jobs.watch_alarms import AlarmMetrics, WatchAlarms
 from tests.plugins.attempts import an_attempt
 from tests.plugins.usage_events import a_delivery, milliseconds
 from tests.services.jobs.conftest import now_ms
@@ -13,14 +14,15 @@ from tests.services.jobs.conftest import now_ms
 
 async def test_partitions_are_made_ahead_and_rows_without_one_are_an_alarm(plane, database, owner, caplog):
     registry = CollectorRegistry()
-    job = MaintainLedger(
-        MaintenanceRepository(database), plane.ledger, RefusalRepository(database), metrics=AlarmMetrics(registry)
-    )
+    metrics = AlarmMetrics(registry)
+    job = MaintainLedger(MaintenanceRepository(database), RefusalRepository(database), metrics=metrics)
+    watch = WatchAlarms(plane.ledger, metrics=metrics)
 
     def alarm(kind: str) -> float | None:
         return registry.get_sample_value("budgetguard_ledger_alarms", {"kind": kind})
 
     await job.run_once()
+    await watch.run_once()
     assert alarm("default_partition_rows") == 0
     assert "alarm=" not in caplog.text
     await plane.ledger.insert_events([a_delivery("op", held_at_ms=milliseconds("2001-01-01T00:00:00"))])
@@ -31,21 +33,32 @@ async def test_partitions_are_made_ahead_and_rows_without_one_are_an_alarm(plane
     year, month = map(int, newest.removeprefix("usage_ledger_").split("_"))
     await plane.ledger.insert_events([a_delivery("op", held_at_ms=milliseconds(f"{year}-{month:02d}-15T00:00:00"))])
     await job.run_once()
+    await watch.run_once()
     assert alarm("default_partition_rows") == 2
     assert alarm("blocked_partitions") == 1
     assert "alarm=default_partition_rows count=2" in caplog.text
     assert "alarm=blocked_partitions" in caplog.text
     await owner.execute("SELECT rehome_ledger_default()")
     await job.run_once()
+    await watch.run_once()
     assert (alarm("default_partition_rows"), alarm("blocked_partitions")) == (0, 0)
 
 
-async def test_old_refusals_are_dropped_in_parts(plane, database, caplog):
+async def test_an_alarm_is_logged_when_it_changes(plane, caplog):
+    registry = CollectorRegistry()
+    watch = WatchAlarms(plane.ledger, metrics=AlarmMetrics(registry))
+    for number, logged in ((1, ["count=1"]), (1, ["count=1"]), (2, ["count=1", "count=2"])):
+        await plane.ledger.insert_events([a_delivery("op", event_id=f"{number}-0", model="\x00")])
+        assert not await watch.run_once()
+        assert registry.get_sample_value("budgetguard_ledger_alarms", {"kind": "dead_events"}) == number
+        alarms = [record.getMessage() for record in caplog.records if record.getMessage().startswith("alarm=")]
+        assert alarms == [f"alarm=dead_events {count}" for count in logged]
+
+
+async def test_old_refusals_are_dropped_in_parts(database, caplog):
     caplog.set_level("INFO")
     refusals = RefusalRepository(database)
-    job = MaintainLedger(
-        MaintenanceRepository(database), plane.ledger, refusals, metrics=AlarmMetrics(CollectorRegistry())
-    )
+    job = MaintainLedger(MaintenanceRepository(database), refusals, metrics=AlarmMetrics(CollectorRegistry()))
     old, young = an_attempt("old", refused_at_ms=now_ms() - 91 * 86_400_000), an_attempt("y", refused_at_ms=now_ms())
     await refusals.record([(7, a.operation_id, RefusedCall(attempt=a, number=1)) for a in (old, young)], [])
     assert await job.run_once(), "there may be more"
