@@ -7,10 +7,10 @@ from budgetguard.adapters.redis.client import Argument, RedisClient, Reply
 from budgetguard.adapters.redis.scripts import Script, ScriptRunner
 from budgetguard.adapters.redis.spelling import (
     all_counter_arguments,
-    counter_arguments,
     counter_of,
     extend_answer,
     fields_of,
+    limit_arguments,
     operation_of,
     reserve_answer,
 )
@@ -104,14 +104,7 @@ class Counters:
         templates: list[Argument] = []
         for number, limit in enumerate(limits, 1):
             name = read_name(limit.counter)
-            arguments += counter_arguments(name, request.now_ms)
-            arguments += (
-                limit.limit,
-                int(limit.enforced),
-                limit.budget_id,
-                int(name.slides),
-                name.buckets.width_ms if name.buckets else "",
-            )
+            arguments += limit_arguments(limit, name, request.now_ms)
             if limit.subjects_max is not None:
                 template_keys.append(keys.subjects(tenant_id, template_of(name)))
                 templates += (number, limit.subject, limit.subjects_max, idle_before_ms(name, request.now_ms))

@@ -22,7 +22,7 @@ local function ready(epoch_key)
 end
 
 local function whole(number)
-  return string.format('%.0f', number)
+  return string.format('%d', number)
 end
 
 -- Counters are signed 64-bit, doubles are not: an amount is a pair (dollars, nanos), 0 <= nanos < 10^9.
@@ -57,7 +57,7 @@ local function amount(dollars, nanos)
   if dollars < 0 then
     sign, dollars, nanos = '-', normal(-dollars, -nanos)
   end
-  return sign .. (dollars > 0 and string.format('%.0f%09.0f', dollars, nanos) or whole(nanos))
+  return sign .. (dollars > 0 and string.format('%d%09d', dollars, nanos) or whole(nanos))
 end
 
 local function exceeds(dollars, nanos, other_dollars, other_nanos)
@@ -179,14 +179,21 @@ local function read_counter(counter, bucket, number)
   return counter
 end
 
--- What a limit leaves, as a pair and as call_amount says it. A sum below zero is damage, not credit.
+-- What a limit leaves, as one exact number; nil when one may not hold it. A sum below zero is damage, not credit.
+local function short_left(most, spent, held, seed)
+  if most > CALL_NANOS_MAX or #spent > SHORT or #held > SHORT or #seed > SHORT then
+    return nil
+  end
+  local spent_nanos, held_nanos, seed_nanos = spent + 0, held + 0, seed ~= '0' and seed + 0 or 0
+  return most - (spent_nanos > 0 and spent_nanos or 0) - (held_nanos > 0 and held_nanos or 0)
+    - (seed_nanos > 0 and seed_nanos or 0)
+end
+
+-- The same as a pair, and as call_amount says it.
 local function left_of(counter, limit)
-  local spent, held, seed, most = counter.spent, counter.held, counter.seed, limit + 0
-  if most <= CALL_NANOS_MAX and #spent <= SHORT and #held <= SHORT and #seed <= SHORT then
-    -- As good as every counter: written out, it takes half the time.
-    local spent_nanos, held_nanos, seed_nanos = spent + 0, held + 0, seed ~= '0' and seed + 0 or 0
-    local left = most - (spent_nanos > 0 and spent_nanos or 0) - (held_nanos > 0 and held_nanos or 0)
-      - (seed_nanos > 0 and seed_nanos or 0)
+  local spent, held, seed = counter.spent, counter.held, counter.seed
+  local left = short_left(limit + 0, spent, held, seed) -- as good as always; it takes half the time
+  if left then
     local left_nanos = left % NANOS_PER_USD
     return (left - left_nanos) / NANOS_PER_USD, left_nanos, left < 0 and -1 or left
   end

@@ -9,11 +9,13 @@
 --       15 share of what is left that the output may take at most (0: all of it)  16 lease member  17 lease until (ms)
 --       18 counter names  19 how far Redis' clock may be past now (ms)  20 input tokens  21 choices
 --       22 number of counters  23 the limit of each and whose it is, a line each, as extend.lua reads them
---       24... for each: what read_counters takes, limit, '1' when enforced, budget id, '1' when it is kept longer with
---       each use, milliseconds of a bucket
+--       24... for each: its shape (unit, '1' when enforced, '1' when it is kept longer with each use, '1' when it rolls),
+--       kept until (ms, or ''), limit, budget id; and if it rolls: bucket, number of buckets, milliseconds of one
 --       then for each template: the number of its counter, subject, most subjects, since when one must have been seen (ms)
 
-local FIRST_COUNTER, FIRST_LIMIT, LIMIT_WIDTH, TEMPLATE_WIDTH = 9, 24, 9, 4
+-- An argument costs as much as two reads of a hash's field: few of them.
+local FIRST_COUNTER, FIRST_LIMIT, LIMIT_WIDTH, ROLLING_WIDTH, TEMPLATE_WIDTH = 9, 24, 4, 7, 4
+local YES, MONEY = 49, 110 -- '1' and NANOS, as string.byte says them
 local UNBOUNDED_TOKENS = 1024 -- UNBOUNDED_TOKENS in core/budget.py
 
 if not ready(KEYS[1]) then
@@ -110,42 +112,76 @@ for index, scope in ipairs({ 'TENANT', 'API_KEY' }) do
   end
 end
 
--- The room that every limit leaves. `free_at` tells when a rolling one has more.
-local limits, number_of_limits = {}, tonumber(ARGV[22])
-local room, tightest = CALL_NANOS_MAX, nil
-local room_tokens, tightest_tokens = nil, nil
-for number = 1, number_of_limits do
-  local at = FIRST_LIMIT + (number - 1) * LIMIT_WIDTH
+-- A limit and its counter, as a table; `at` is where its arguments begin.
+local function limit_at(number, at)
+  local unit, _, slides, rolls = string.byte(ARGV[at], 1, 4)
   local limit = {
-    key = KEYS[FIRST_COUNTER + number - 1], kept_until = ARGV[at], unit = ARGV[at + 1], limit = ARGV[at + 4],
-    id = ARGV[at + 6], slides = ARGV[at + 7] == '1', spent = '0', held = '0', seed = '0', new = true,
+    key = KEYS[FIRST_COUNTER + number - 1], kept_until = ARGV[at + 1], unit = string.char(unit), limit = ARGV[at + 2],
+    id = ARGV[at + 3], slides = slides == YES, spent = '0', held = '0', seed = '0', new = true,
     left_dollars = 0, left_nanos = 0, room = 0,
   }
-  read_counter(limit, ARGV[at + 2], ARGV[at + 3])
-  if limit.bucket then
-    limit.buckets, limit.width = tonumber(ARGV[at + 3]), tonumber(ARGV[at + 8])
+  if rolls == YES then
+    read_counter(limit, ARGV[at + 4], ARGV[at + 5])
+    limit.buckets, limit.width = tonumber(ARGV[at + 5]), tonumber(ARGV[at + 6])
+  else
+    read_counter(limit, '')
   end
   limit.left_dollars, limit.left_nanos, limit.room = left_of(limit, limit.limit)
-  if limit.unit == TOKENS then
-    limit.room = limit.left_dollars * NANOS_PER_USD + limit.left_nanos -- exact, also below 0
-    if not tightest_tokens or limit.room < room_tokens then
-      room_tokens, tightest_tokens = limit.room, limit
+  return limit
+end
+
+-- What limit_at finds of money that does not roll and that one number holds, which is as good as every budget: without the
+-- table it costs half. Returns what is left (nil: not such a limit) and whether its counter is new.
+local function plain_left(number, at, unit, rolls)
+  if unit ~= MONEY or rolls == YES then
+    return nil
+  end
+  local read = redis.call('HMGET', KEYS[FIRST_COUNTER + number - 1], 'spent', 'held', 'seed')
+  return short_left(ARGV[at + 2] + 0, read[1] or '0', read[2] or '0', read[3] or '0'),
+    not read[1] and not read[2] and not read[3]
+end
+
+-- The room that every limit leaves. `limits` has a table of each that is not plain; `kept` has counters and until when.
+local limits, number_of_limits, places, kept = {}, tonumber(ARGV[22]), {}, {}
+local room, tightest, tightest_dollars, tightest_nanos = CALL_NANOS_MAX, nil, 0, 0
+local room_tokens, tightest_tokens = nil, nil
+local next_at = FIRST_LIMIT
+for number = 1, number_of_limits do
+  local at = next_at
+  local unit, enforced, slides, rolls = string.byte(ARGV[at], 1, 4)
+  places[number], next_at = at, at + (rolls == YES and ROLLING_WIDTH or LIMIT_WIDTH)
+  local left, is_new = plain_left(number, at, unit, rolls)
+  local left_dollars, left_nanos
+  if left then
+    room = math.min(room, left < 0 and -1 or left)
+    left_nanos = left % NANOS_PER_USD
+    left_dollars = (left - left_nanos) / NANOS_PER_USD
+    if (is_new or slides == YES) and ARGV[at + 1] ~= '' then
+      kept[#kept + 1], kept[#kept + 2] = KEYS[FIRST_COUNTER + number - 1], ARGV[at + 1]
     end
-  elseif limit.unit == NANOS then
-    room = math.min(room, limit.room)
-    if ARGV[at + 5] == '1'
-      and (not tightest or exceeds(tightest.left_dollars, tightest.left_nanos, limit.left_dollars, limit.left_nanos)) then
-      tightest = limit
+  else
+    local limit = limit_at(number, at)
+    limits[number], left_dollars, left_nanos = limit, limit.left_dollars, limit.left_nanos
+    if unit == MONEY then
+      room = math.min(room, limit.room)
+    elseif limit.unit == TOKENS then
+      limit.room = left_dollars * NANOS_PER_USD + left_nanos -- exact, also below 0
+      if not tightest_tokens or limit.room < room_tokens then
+        room_tokens, tightest_tokens = limit.room, limit
+      end
     end
   end
-  limits[number] = limit
+  if unit == MONEY and enforced == YES
+    and (not tightest or exceeds(tightest_dollars, tightest_nanos, left_dollars, left_nanos)) then
+    tightest, tightest_dollars, tightest_nanos = ARGV[at + 3], left_dollars, left_nanos
+  end
 end
 
 local templates = {}
-for at = FIRST_LIMIT + number_of_limits * LIMIT_WIDTH, #ARGV, TEMPLATE_WIDTH do
+for first = next_at, #ARGV, TEMPLATE_WIDTH do
   local template = {
-    key = KEYS[FIRST_COUNTER + number_of_limits + #templates], counter = tonumber(ARGV[at]), subject = ARGV[at + 1],
-    most = tonumber(ARGV[at + 2]), seen_since = ARGV[at + 3],
+    key = KEYS[FIRST_COUNTER + number_of_limits + #templates], counter = tonumber(ARGV[first]), subject = ARGV[first + 1],
+    most = tonumber(ARGV[first + 2]), seen_since = ARGV[first + 3],
   }
   template.seen = redis.call('ZSCORE', template.key, template.subject)
   if not template.seen and redis.call('ZCOUNT', template.key, template.seen_since, '+inf') >= template.most then
@@ -193,7 +229,8 @@ local hold_tokens = input_tokens + tokens * choices
 local is_busy = limits[1] and limits[1].unit == CALLS and limits[1].room < 1
   or limits[2] and limits[2].unit == CALLS and limits[2].room < 1
 if is_busy or hold > room or (room_tokens and hold_tokens > room_tokens) then
-  for number, limit in ipairs(limits) do
+  for number = 1, number_of_limits do
+    local limit = limits[number] or limit_at(number, places[number])
     if limit.room < needs[limit.unit] then
       local bucket = frees_with(limit, needs[limit.unit])
       return { 'NO_ROOM', whole(number), limit.spent, held_of(limit), bucket and whole(bucket * limit.width) or '' }
@@ -210,8 +247,8 @@ else
   answer[5], answer[6], answer[7] = '', '', ''
 end
 if tightest then
-  answer[8] = amount(normal(tightest.left_dollars, tightest.left_nanos - hold))
-  answer[9] = tightest.id
+  answer[8] = amount(normal(tightest_dollars, tightest_nanos - hold))
+  answer[9] = tightest
 else
   answer[8], answer[9] = '', ''
 end
@@ -226,24 +263,32 @@ end
 
 ------------------------------------------------------------------ writes
 local holds = { [CALLS] = '1', [TOKENS] = whole(hold_tokens), [NANOS] = whole(hold) }
-for _, limit in ipairs(limits) do
-  if not limit.bucket then
-    redis.call('HINCRBY', limit.key, 'held', holds[limit.unit]) -- also of 0, so that it is there
+for number = 1, number_of_limits do
+  local limit = limits[number]
+  if not limit then
+    redis.call('HINCRBY', KEYS[FIRST_COUNTER + number - 1], 'held', answer[2]) -- also of 0, so that it is there
   else
-    move(limit, '0', tonumber(holds[limit.unit]))
-  end
-  if limit.kept_until ~= '' and not limit.has_left then
-    keep(limit, limit.kept_until, limit.slides)
+    if not limit.bucket then
+      redis.call('HINCRBY', limit.key, 'held', holds[limit.unit])
+    else
+      move(limit, '0', tonumber(holds[limit.unit]))
+    end
+    if not limit.has_left then
+      keep(limit, limit.kept_until, limit.slides)
+    end
   end
 end
+for index = 1, #kept, 2 do
+  redis.call('PEXPIREAT', kept[index], kept[index + 1])
+end
 for _, template in ipairs(templates) do
-  local limit = limits[template.counter]
+  local at = places[template.counter]
   if not template.seen then
     redis.call('ZREMRANGEBYSCORE', template.key, '-inf', '(' .. template.seen_since)
   end
   redis.call('ZADD', template.key, 'GT', ARGV[1], template.subject)
-  if limit.kept_until ~= '' and (limit.slides or not template.seen) then
-    redis.call('PEXPIREAT', template.key, limit.kept_until)
+  if ARGV[at + 1] ~= '' and (not template.seen or string.byte(ARGV[at], 3) == YES) then
+    redis.call('PEXPIREAT', template.key, ARGV[at + 1])
   end
 end
 for _, requests in ipairs(minutes) do
