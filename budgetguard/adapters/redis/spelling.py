@@ -36,9 +36,9 @@ def counter_arguments(name: CounterName, now_ms: int) -> tuple[Argument, ...]:
 
 def limit_arguments(limit: AppliedLimit, name: CounterName, now_ms: int) -> tuple[Argument, ...]:
     """List what ``reserve.lua`` takes of a limit and its counter."""
-    kept_until_ms, unit, bucket, number = counter_arguments(name, now_ms)
+    kept_until_ms, _, bucket, number = counter_arguments(name, now_ms)
     flags = f"{limit.enforced:d}{name.slides:d}{name.buckets is not None:d}"
-    plain: tuple[Argument, ...] = (f"{unit}{flags}", kept_until_ms, limit.limit, limit.budget_id)
+    plain: tuple[Argument, ...] = (f"{name.unit.value}{flags}", kept_until_ms, limit.limit, limit.budget_id)
     return plain if name.buckets is None else (*plain, bucket, number, name.buckets.width_ms)
 
 
