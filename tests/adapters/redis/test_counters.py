@@ -13,7 +13,7 @@ from budgetguard.adapters.redis.epoch import Epoch
 from budgetguard.core.budget import NotReady, Refusal, Reserved, Settled
 from budgetguard.core.events import DETAIL_CHARS_MAX, UsageEvent
 from budgetguard.core.operation import ENDED_KEPT_MS, End
-from budgetguard.core.snapshot import CallerRecords, KeyStatus, Status, WindowKind
+from budgetguard.core.snapshot import CallerRecords, KeyStatus, Status, SubjectKind, WindowKind
 from tests.plugins.redis_calls import (
     KEY_ID,
     a_budget,
@@ -67,6 +67,28 @@ async def test_of_200_at_once_a_budget_for_50_admits_exactly_50(counters):
     assert set(settled) == {Settled(end=End.CONFIRMED, amount_nanos=60, sequence=1)}
     assert await counters.read_counters("acme", [B1]) == [(3000, 0)]
     assert await live_holds(counters, "acme") == (0, 0)
+
+
+@pytest.mark.parametrize("limit_nanos", [1000, 2**53 + 1000])
+async def test_what_older_calls_hold_leaves_no_room(counters, ready_redis, limit_nanos):
+    """For the sums that one number holds, and for longer ones."""
+    spent_nanos = limit_nanos - 1000
+    await ready_redis.command("HSET", keys.counter("acme", B1), "spent", spent_nanos, "held", 300, "seed", 650)
+    refused = await counters.reserve(ask(limit_nanos))
+    assert (refused.kind, refused.spent, refused.held) == (Refusal.BUDGET, spent_nanos, 950)
+    await ready_redis.command("HSET", keys.counter("acme", B1), "seed", 600)
+    admitted = await counters.reserve(ask(limit_nanos, "op-2"))
+    assert (admitted.hold_nanos, admitted.budget_remaining_nanos) == (100, 0)
+
+
+async def test_a_template_s_counter_that_never_ends_is_kept_longer_with_each_call(counters, ready_redis):
+    tenant = a_tenant(a_budget("b1", subject_kind=SubjectKind.API_KEY, each=True, window=WindowKind.LIFETIME))
+    first = await counters.reserve(a_reserve(tenant, now_ms=the_time_ms()))
+    (counter,) = keys.counters("acme", first.counters)
+    kept_ms = await ready_redis.command("PTTL", counter)
+    await ready_redis.command("PEXPIRE", counter, 60_000)
+    assert isinstance(await counters.reserve(a_reserve(tenant, operation_id="op-2", now_ms=the_time_ms())), Reserved)
+    assert 60_000 < kept_ms - 60_000 < await ready_redis.command("PTTL", counter)
 
 
 async def test_of_200_at_once_a_minute_for_50_admits_exactly_50(counters):
